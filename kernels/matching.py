@@ -10,13 +10,13 @@ Mathematics (E4-E6 are the numbers of DESIGN.md section 3 and of the README)
     eps_theta    = u + s (t - u)   =  t + (s - 1) (t - u)             classifier-free guidance
     eps_ref      = tr + (s - 1) (tr - ur)
     d            = eps_theta - eps_ref  =  dt + (s - 1) (dt - du),    du := u - ur,   dt := t - tr
-    residual     = -k d - weight g                                    g = reward_grad          (E6)
-    match        = (1/n) sum residual^2                               n elements per sample    (E4)
-    reg          = (1/n) sum (eps_theta - eps_old)^2                                           (E5, without lambda)
+    residual     = -k d - weight g                                    g = reward_grad              (E6)
+    match        = (1/n) sum residual^2                               n elements per sample        (E4)
+    reg          = (1/n) sum (eps_theta - eps_old)^2                  lambda is the caller's       (E5)
 
-    Forward differences first and scales afterwards: at the sampler's last step k is about 1760, and k times the
-    rounding error of eps_theta and of eps_ref would be all that is left of a small d. The form t + (s - 1) (t - u)
-    has rounding errors of the size of t - u only, and is exactly t at s = 1.
+    Forward differences first and scales afterwards: at the sampler's last step k is about 1760, and k times
+    the rounding errors of eps_theta and eps_ref would be all that is left of a small d. The form
+    t + (s - 1) (t - u) has rounding errors of the size of t - u only, and is exactly t at s = 1.
 
     Backward, with the incoming gradients G_match and G_reg, one number per sample each:
 
@@ -27,16 +27,17 @@ Contract: M samples of any shape, n elements each; every tensor on one device
 
     eps_uncond   (M, *shape)  float32 | bf16 | fp16   u; gets a gradient of its own dtype
     eps_text     (M, *shape)  float32 | bf16 | fp16   t; gets a gradient of its own dtype
-    ref_uncond, ref_text, eps_old, reward_grad   (M, *shape)  float32 | bf16 | fp16   ur, tr, old, g: constants
+    ref_uncond, ref_text      like them               ur, tr; constants
+    eps_old, reward_grad      like them               the rollout's guided prediction, g; constants
     guidance     number, or (M,) tensor               s; constant
-    k, weight    (M,) tensors                         beta w(s) in weight, or k = 1 and beta w(s) / k: constants
+    k, weight    (M,) tensors                         weight = beta w(s), or k = 1 and weight = beta w(s) / k
     returns match, reg: (M,) float32
 
     eps_uncond and ref_uncond may both be None with guidance = 1: only the conditional branch is matched, with
-    eps_theta = eps_text. Dtypes may differ between the tensors; all arithmetic is float32. float64 anywhere takes
-    the PyTorch path, which then computes and returns float64. A constant that requires a gradient raises: a
-    silent zero would be worse. The Triton path copies inputs that are not contiguous, uses no atomics, and is
-    bit-identical from run to run; it cannot be differentiated twice.
+    eps_theta = eps_text. Dtypes may differ between the tensors; all arithmetic is float32. A float64 latent
+    takes the PyTorch path, which then computes and returns float64. A constant that requires a gradient
+    raises: a silent zero would be worse. The Triton path copies inputs that are not contiguous, uses no
+    atomics and is bit-identical from run to run; it cannot be differentiated twice.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -48,19 +49,25 @@ except ImportError:  # the PyTorch path needs no triton
     triton = None
 
 
-# ---- PyTorch: the CPU path, and the specification of the kernels ---------------------------------------------------
+# ---- PyTorch: the CPU path, and the specification of the kernels -------------------------------------------
+
+
+def _any_float64(tensors):
+    return any(x is not None and x.dtype == torch.float64 for x in tensors)
 
 
 def _guide(uncond, text, guidance):
-    """Classifier-free guidance; it is linear, so it serves predictions and differences of predictions alike."""
+    """Classifier-free guidance; being linear, it serves predictions and their differences alike."""
     return text if uncond is None else text + (guidance - 1) * (text - uncond)
 
 
-def gradient_matching_torch(eps_uncond, eps_text, ref_uncond, ref_text, eps_old, reward_grad, guidance, k, weight):
-    """The formulas at the head of this file, differentiated by autograd. Same arguments as gradient_matching."""
+def gradient_matching_torch(
+    eps_uncond, eps_text, ref_uncond, ref_text, eps_old, reward_grad, guidance, k, weight
+):
+    """The formulas at the head of this file, differentiated by autograd; arguments of gradient_matching."""
     M = eps_text.shape[0]
     tensors = (eps_uncond, eps_text, ref_uncond, ref_text, eps_old, reward_grad)
-    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    dtype = torch.float64 if _any_float64(tensors) else torch.float32
     u, t, ur, tr, old, g = (None if x is None else x.reshape(M, -1).to(dtype) for x in tensors)  # [M, n]
     k, weight = k.to(dtype)[:, None], weight.to(dtype)[:, None]  # [M, 1]
     s = guidance.to(dtype)[:, None] if torch.is_tensor(guidance) else guidance
@@ -70,7 +77,7 @@ def gradient_matching_torch(eps_uncond, eps_text, ref_uncond, ref_text, eps_old,
     return residual.square().mean(1), drift.square().mean(1)  # (E4), (E5)
 
 
-# ---- Triton --------------------------------------------------------------------------------------------------------
+# ---- Triton ------------------------------------------------------------------------------------------------
 
 BLOCK = 1024  # elements per program: 8 a thread, so that each of the six streams is read in 16-byte pieces
 NUM_WARPS = 4
@@ -79,7 +86,7 @@ if triton is not None:
 
     @triton.jit
     def _load(ptr, base, lane, mask):
-        # base is int64 and uniform, lane int32. Lanes past the end read zeros everywhere and thus add nothing.
+        # base is int64 and uniform, lane int32. Lanes past the end read zeros everywhere: they add nothing.
         return tl.load(ptr + base + lane, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
@@ -99,7 +106,7 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        u_ptr, t_ptr, ur_ptr, tr_ptr, old_ptr, g_ptr,  # [M, n] each, any float dtype; u, ur unused if not HAS_UNCOND
+        u_ptr, t_ptr, ur_ptr, tr_ptr, old_ptr, g_ptr,  # [M, n] each; u, ur unused if not HAS_UNCOND
         s_ptr,  # [M] if S_TENSOR, else the number itself
         k_ptr, weight_ptr,  # [M]
         match_ptr, reg_ptr,  # [M, blocks] float32 out: this program's share of the two means
@@ -114,7 +121,7 @@ if triton is not None:
         k, weight = tl.load(k_ptr + m).to(tl.float32), tl.load(weight_ptr + m).to(tl.float32)
         residual, drift = _errors(u_ptr, t_ptr, ur_ptr, tr_ptr, old_ptr, g_ptr, s, k, weight,
                                   m.to(tl.int64) * n + start, lane, lane < n - start, HAS_UNCOND)
-        # Partial sums in a buffer, added up in a fixed order by the caller: no atomics, the same bits every time.
+        # The caller adds the partial sums up in a fixed order: no atomics, the same bits every time.
         tl.store(match_ptr + program, tl.sum(residual * residual) / n)  # (E4)
         tl.store(reg_ptr + program, tl.sum(drift * drift) / n)  # (E5)
 
@@ -151,7 +158,7 @@ if triton is not None:
 class _GradientMatching(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, t, ur, tr, old, g, s, k, weight):
-        M, n = t.shape[0], t[0].numel()
+        M, n = t.shape[0], t.numel() // t.shape[0]
         u, t, ur, tr, old, g, k, weight = (
             None if x is None else x.contiguous() for x in (u, t, ur, tr, old, g, k, weight))
         s = s.contiguous() if torch.is_tensor(s) else float(s)
@@ -160,7 +167,8 @@ class _GradientMatching(torch.autograd.Function):
         match, reg = t.new_empty((2, M, ctx.blocks), dtype=torch.float32)
         with torch.cuda.device_of(t):
             _forward_kernel[(M * ctx.blocks,)](
-                t if u is None else u, t, tr if ur is None else ur, tr, old, g, s, k, weight, match, reg, n, ctx.blocks,
+                t if u is None else u, t, tr if ur is None else ur, tr, old, g, s, k, weight,
+                match, reg, n, ctx.blocks,
                 HAS_UNCOND=u is not None, S_TENSOR=torch.is_tensor(s), BLOCK=BLOCK, num_warps=NUM_WARPS)
         return match.sum(1), reg.sum(1)
 
@@ -172,15 +180,16 @@ class _GradientMatching(torch.autograd.Function):
         G_t = torch.empty_like(t) if ctx.needs_input_grad[1] else None
         with torch.cuda.device_of(t):
             _backward_kernel[(t.shape[0] * ctx.blocks,)](
-                t if u is None else u, t, tr if ur is None else ur, tr, old, g, ctx.s if s is None else s, k, weight,
-                G_match, G_reg, G_match.stride(0), G_reg.stride(0),
+                t if u is None else u, t, tr if ur is None else ur, tr, old, g, ctx.s if s is None else s,
+                k, weight, G_match, G_reg, G_match.stride(0), G_reg.stride(0),
                 t if G_u is None else G_u, t if G_t is None else G_t, ctx.n, ctx.blocks,
-                HAS_UNCOND=u is not None, S_TENSOR=s is not None, WANT_U=G_u is not None, WANT_T=G_t is not None,
+                HAS_UNCOND=u is not None, S_TENSOR=s is not None,
+                WANT_U=G_u is not None, WANT_T=G_t is not None,
                 BLOCK=BLOCK, num_warps=NUM_WARPS)
         return G_u, G_t, None, None, None, None, None, None, None
 
 
-# ---- the public function -------------------------------------------------------------------------------------------
+# ---- the public function -----------------------------------------------------------------------------------
 
 
 def gradient_matching(
@@ -196,7 +205,7 @@ def gradient_matching(
     *,
     backend=None,  # "torch" | "triton" | None: triton for tensors on a GPU, torch otherwise
 ):
-    """Per-sample match (E4) and reg (E5, without lambda), each (M,); differentiable in eps_uncond and eps_text."""
+    """Per-sample match (E4) and reg (E5), each (M,); differentiable in eps_uncond and eps_text."""
     if (eps_uncond is None) != (ref_uncond is None):
         raise ValueError("eps_uncond and ref_uncond: wanted two tensors or two None, got one of each")
     if eps_uncond is None and (torch.is_tensor(guidance) or guidance != 1):
@@ -215,10 +224,10 @@ def gradient_matching(
         if got != wanted:
             raise ValueError(f"{name}: wanted a tensor of shape {wanted}, got {got}")
         if x.device != eps_text.device or not x.is_floating_point():
-            raise ValueError(f"{name}: wanted floating point on {eps_text.device}, got {x.dtype} on {x.device}")
+            raise ValueError(f"{name}: wanted floats on {eps_text.device}, got {x.dtype} on {x.device}")
         if x.requires_grad and torch.is_grad_enabled() and name not in ("eps_uncond", "eps_text"):
-            raise ValueError(f"{name}: wanted a constant, got a tensor that requires a gradient (detach it first)")
-    double = any(x is not None and x.dtype == torch.float64 for x in latents.values())
+            raise ValueError(f"{name}: wanted a constant, got a tensor that requires grad: detach it")
+    double = _any_float64(latents.values())
     if backend is None:
         backend = "triton" if eps_text.is_cuda and triton is not None and not double else "torch"
     if backend not in ("torch", "triton"):
@@ -229,7 +238,7 @@ def gradient_matching(
     if triton is None:
         raise ValueError("backend 'triton' was asked for, but triton is not installed")
     if not eps_text.is_cuda and isinstance(_forward_kernel, triton.JITFunction):
-        raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 set before triton is imported")
+        raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 in the environment")
     if double:
         raise ValueError("backend 'triton' computes in float32, got float64 tensors (use backend='torch')")
     return _GradientMatching.apply(*arguments)
