@@ -35,9 +35,10 @@ Contract: M samples of any shape, n elements each; every tensor on one device
 
     eps_uncond and ref_uncond may both be None with guidance = 1: only the conditional branch is matched, with
     eps_theta = eps_text. Dtypes may differ between the tensors; all arithmetic is float32. A float64 latent
-    takes the PyTorch path, which then computes and returns float64. A constant that requires a gradient
-    raises: a silent zero would be worse. The Triton path copies inputs that are not contiguous, uses no
-    atomics and is bit-identical from run to run; it cannot be differentiated twice.
+    takes the PyTorch path, which then computes and returns float64. A gradient in fp16 overflows where k^2
+    is large, unless the caller scales the loss. A constant that requires a gradient raises: a silent zero
+    would be worse. The Triton path copies inputs that are not contiguous, uses no atomics and is
+    bit-identical from run to run; it cannot be differentiated twice.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -79,8 +80,8 @@ def gradient_matching_torch(
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
-BLOCK = 1024  # elements per program: 8 a thread, so that each of the six streams is read in 16-byte pieces
-NUM_WARPS = 4
+BLOCK = 1024  # elements per program: with 4 warps 8 a thread, so each input is read in 16-byte pieces
+LAUNCH = dict(BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
 
 if triton is not None:
 
@@ -169,7 +170,7 @@ class _GradientMatching(torch.autograd.Function):
             _forward_kernel[(M * ctx.blocks,)](
                 t if u is None else u, t, tr if ur is None else ur, tr, old, g, s, k, weight,
                 match, reg, n, ctx.blocks,
-                HAS_UNCOND=u is not None, S_TENSOR=torch.is_tensor(s), BLOCK=BLOCK, num_warps=NUM_WARPS)
+                HAS_UNCOND=u is not None, S_TENSOR=torch.is_tensor(s), **LAUNCH)
         return match.sum(1), reg.sum(1)
 
     @staticmethod
@@ -184,8 +185,7 @@ class _GradientMatching(torch.autograd.Function):
                 k, weight, G_match, G_reg, G_match.stride(0), G_reg.stride(0),
                 t if G_u is None else G_u, t if G_t is None else G_t, ctx.n, ctx.blocks,
                 HAS_UNCOND=u is not None, S_TENSOR=s is not None,
-                WANT_U=G_u is not None, WANT_T=G_t is not None,
-                BLOCK=BLOCK, num_warps=NUM_WARPS)
+                WANT_U=G_u is not None, WANT_T=G_t is not None, **LAUNCH)
         return G_u, G_t, None, None, None, None, None, None, None
 
 
