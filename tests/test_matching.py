@@ -28,8 +28,8 @@ DTYPES = {"float32": (torch.float32,) * 2, "bfloat16": (torch.bfloat16,) * 2, "f
           "mixed": (torch.float32, torch.bfloat16)}  # of eps_theta and of everything else
 GUIDANCE = {"cfg": 7.5, "per sample": None, "conditional": 1.0, "text only": 1}
 # Error as a share of each sample's largest element. Measured worst: values 5e-7 on any dtype, gradients
-# 3.5e-7 in float32. In bfloat16 and float16 the gradient's rounding to its own dtype is the error: half a unit
-# in the last place, 2^-8 and 2^-11, but a whole one in bfloat16 in Triton's interpreter, which truncates.
+# 3.5e-7 in float32. In bfloat16 and float16 the gradient is rounded to its own dtype, and errs by half a unit
+# in the last place, 2^-8 and 2^-11; by a whole one in bfloat16 in Triton's interpreter, which truncates.
 VALUE_TOL = 2e-6
 GRAD_TOL = {"float32": 1.5e-6, "bfloat16": 2**-7 + 1e-5, "float16": 2**-11 + 1e-5, "mixed": 1.5e-6}
 
