@@ -138,46 +138,51 @@ def mean_pairs(gaussians, V, size, pixels=64):
     return total
 
 
-# ---- backends: (gaussians, c2w, size) -> image, alpha and expected depth in any layout ---------------------
+# ---- backends: (gaussians, views, size) -> image, alpha and expected depth in any layout -------------------
 
 
-def ours(gaussians, c2w, size, backend, deterministic=False):
-    fxfycxcy = torch.tensor(FXFYCXCY, device=c2w.device).expand(*c2w.shape[:2], 4)
-    return rasterize(*gaussians, c2w, fxfycxcy, size, size, backend=backend, deterministic=deterministic)
+def make_views(B, V, size, device):
+    """Cameras in both conventions, made before the clock runs: c2w, fxfycxcy, w2c, pixel intrinsics."""
+    c2w = cameras(B, V, device)
+    fx, fy, cx, cy = FXFYCXCY
+    intrinsics = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1 / size]], device=device) * size
+    return (c2w, torch.tensor(FXFYCXCY, device=device).repeat(B, V, 1),
+            torch.linalg.inv(c2w), intrinsics.repeat(B, V, 1, 1))
 
 
-def ours_comparable(gaussians, c2w, size, backend):
-    render = ours(gaussians, c2w, size, backend)
+def render_ours(gaussians, views, size, backend, deterministic=False):
+    return rasterize(*gaussians, *views[:2], size, size, backend=backend, deterministic=deterministic)
+
+
+def ours(gaussians, views, size, backend):
+    render = render_ours(gaussians, views, size, backend)
     return render.image, render.alpha, render.depth
 
 
-def with_gsplat(gaussians, c2w, size, packed=False):
+def with_gsplat(gaussians, views, size, packed=False):
     means, quats, scales, opacities, colors = gaussians
-    intrinsics = torch.tensor([[FXFYCXCY[0], 0, 0.5], [0, FXFYCXCY[1], 0.5], [0, 0, 1 / size]],
-                              device=c2w.device) * size
-    out, alpha, _ = gsplat.rasterization(
-        means, quats, scales, opacities, colors, torch.linalg.inv(c2w),
-        intrinsics.expand(*c2w.shape[:2], 3, 3), size, size, eps2d=0.0, packed=packed, render_mode="RGB+ED",
-        backgrounds=torch.ones(*c2w.shape[:2], 3, device=c2w.device))
-    return out, alpha
+    *_, w2c, intrinsics = views
+    return gsplat.rasterization(
+        means, quats, scales, opacities, colors, w2c, intrinsics, size, size, eps2d=0.0, packed=packed,
+        render_mode="RGB+ED", backgrounds=torch.ones(*w2c.shape[:2], 3, device=w2c.device))[:2]
 
 
-def one_view_at_a_time(render, gaussians, c2w, size):
-    views = [render([a[b : b + 1] for a in gaussians], c2w[b : b + 1, v : v + 1], size)
-             for b in range(c2w.shape[0]) for v in range(c2w.shape[1])]
-    return [torch.cat(outputs) for outputs in zip(*views, strict=True)]
+def one_view_at_a_time(render, gaussians, views, size):
+    B, V = views[0].shape[:2]
+    singly = [render([a[b : b + 1] for a in gaussians], [x[b : b + 1, v : v + 1] for x in views], size)
+              for b in range(B) for v in range(V)]
+    return [torch.cat(outputs) for outputs in zip(*singly, strict=True)]
 
 
 def splat_backends(device):
-    torch_path = partial(ours_comparable, backend="torch")
     if device.type == "cpu":
-        return {"torch": torch_path}
-    kernels = partial(ours_comparable, backend="triton")
-    backends = {"triton": kernels, "triton, view by view": partial(one_view_at_a_time, kernels)}
+        return {"torch": partial(ours, backend="torch")}
+    fused = partial(ours, backend="triton")
+    backends = {"triton": fused, "triton, view by view": partial(one_view_at_a_time, fused)}
     if gsplat is not None:
         backends |= {"gsplat": with_gsplat, "gsplat, packed": partial(with_gsplat, packed=True),
                      "gsplat, view by view": partial(one_view_at_a_time, with_gsplat)}
-    return {**backends, "torch": torch_path}
+    return {**backends, "torch": partial(ours, backend="torch")}
 
 
 def matching_inputs(M, n, dtype, device, seed):
@@ -304,11 +309,12 @@ def check(device):
     if device.type == "cpu":
         return found
 
-    gaussians, c2w, size = scene(2, 3, 3 * 400, device, 0), cameras(2, 3, device), 52  # no multiple of a tile
+    size = 52  # no multiple of a tile
+    gaussians, views = scene(2, 3, 3 * 400, device, 0), make_views(2, 3, size, device)
     results = []
     for backend, deterministic in (("triton", False), ("torch", False), ("triton", True), ("triton", True)):
         leaves = [x.detach().requires_grad_() for x in gaussians]
-        render = ours(leaves, c2w, size, backend, deterministic=deterministic)
+        render = render_ours(leaves, views, size, backend, deterministic)
         outputs = [render.image, render.alpha, render.depth, render.normal]
         generator = torch.Generator(device).manual_seed(0)
         incoming = [torch.randn(x.shape, generator=generator, device=device) for x in outputs]
@@ -336,7 +342,7 @@ def cases(op, device, quick):
                    "dtype": "float32", "live": round(live, 3), "pairs_per_pixel": round(pairs, 2)}
             functions = {name: lambda *x, render=render: render(x[:5], *x[5:])
                          for name, render in splat_backends(device).items()}
-            yield row, functions, sets, [(cameras(B, V, device), size)] * len(sets), need
+            yield row, functions, sets, [(make_views(B, V, size, device), size)] * len(sets), need
     if op in ("matching", "all"):
         for shape in MATCHING if cuda and not quick else list(MATCHING)[:3]:
             for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
@@ -369,7 +375,8 @@ def run(op, device, quick, seconds):
                     if backend.endswith("graph"):
                         calls = [captured(call) for call in calls]
                     timed[name] = measure(calls, device, 0.3 if quick else 1.5)
-            except RuntimeError as error:  # out of memory, or a rival that cannot be built here
+            except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+                # out of memory, or a rival that is not built for this machine
                 timed = {name: {"error": str(error).splitlines()[0]} for name in need}
             for name, (size, operations) in need.items():
                 floor = 1e3 * max(size / bandwidth, operations / rate)

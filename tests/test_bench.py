@@ -53,7 +53,8 @@ def test_goals_are_judged(capsys):
                 "ms_p50": ms, "peak_mb": mb, "floor_ms": 1.0}
 
     bench.goals([row("rasterize", "diffsplat", "triton", 1.0, 2.0),
-                 row("rasterize", "diffsplat", "gsplat", 1.5), row("gradient_matching", "large", "triton", 1.2)])
+                 row("rasterize", "diffsplat", "gsplat", 1.5),
+                 row("gradient_matching", "large", "triton", 1.2)])
     lines = capsys.readouterr().out.splitlines()
     assert any("diffsplat: gsplat's time / ours, wanted >= 1.3: met (1.50)" in line for line in lines)
     assert any("diffsplat: gsplat's peak memory / ours, wanted >= 1: MISSED (0.50)" in line for line in lines)
