@@ -29,17 +29,27 @@ Run it:   python r2d3.py --reward aesthetic                        # minutes on 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import hashlib
+import html
+import importlib.metadata
+import importlib.util
+import io
 import json
 import math
 import os
+import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import PIL.Image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,15 +57,15 @@ from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. Constants and words
 # Letters in shape comments: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T sampler
 # steps, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's grid: step i
 # goes from grid point i (noise level t) to grid point i + 1 (level s).
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-FXFY = 1422.222 / 1024     # focal length in image widths, field of view 39.6 degrees (DiffSplat's Objaverse renders)
+FXFY = 1422.222 / 1024  # focal length in image widths, field of view 39.6 degrees (DiffSplat's Objaverse renders)
 RADIUS = 1.4               # distance of the cameras from the origin (DiffSplat)
 ELEVATION = 10.0           # degrees above the horizon (DiffSplat)
 IMAGE_NOISE = 2e-3         # Gaussian noise on images before the reward (Nabla-R2D3's released code)
@@ -66,12 +76,151 @@ class UserError(ValueError):
     """Something the caller can mend: printed as one sentence, exit code 2, no traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 2. Config
+# Every setting of a run; the command line is made from it, and it is saved with the run. A default of None means
+# "by base and reward", see PRESETS: the paper's values for the paper's bases, measured ones for `shapes`.
+# -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
+
+    reward: str = "aesthetic"
+    """aesthetic, hpsv2, normal, dnc; a weighted sum such as aesthetic=1,dnc=0.3; or your own, file.py:function."""
+    scorer: Literal["auto", "embedded", "laion"] = "auto"
+    """What measures `aesthetic`: embedded (colourfulness) or laion (LAION V2 on CLIP ViT-L/14); auto: by base."""
+    base: Literal["shapes"] = "shapes"
+    """The 3D diffusion model: shapes is embedded and needs no download."""
+    weights: str | None = None
+    """Where the base's weights are, if not in their usual place: a .safetensors file for shapes."""
+    prompts: str | None = None
+    """One prompt a line, a text file; or a prompt itself. Default: prompts/<base>_train.txt."""
+    test_prompts: str | None = None
+    """Prompts that are never trained on, for before and after. Default: prompts/<base>_test.txt."""
+    out: str | None = None
+    """The folder to write to. Default: runs/<base>-<reward>-seed<seed>; for `sample`, in the run's folder."""
+    run: str | None = None
+    """For `sample` and `evaluate`: the folder of the run whose LoRA to use. Default for `sample`: the base as it is."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder (with more --epochs: train longer)."""
+    seed: int = 0
+    """Everything random in a run follows from it."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps. Default: cuda where there is one, else cpu."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of the kernels. auto: triton on a GPU, torch elsewhere."""
+
+    epochs: int | None = None
+    """Passes of sampling and training. None: by base."""
+    batch_size: int | None = None
+    """Objects sampled per epoch and process. None: by base."""
+    updates_per_epoch: int = 4
+    """Optimiser steps per epoch; the epoch's transitions are split evenly among them."""
+    micro_batch: int = 16
+    """Transitions in one forward and backward pass; memory grows with it, the result does not depend on it."""
+    lr: float | None = None
+    """Learning rate of AdamW. None: by base."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW (paper)."""
+    max_grad_norm: float = 1.0
+    """The gradient of all LoRA weights is clipped to this norm (paper)."""
+    lora_rank: int = 8
+    """Rank of the LoRA, whose scale is 1 (paper)."""
+
+    sampler: Literal["dpm", "ddim"] = "dpm"
+    """dpm: sde-dpmsolver++ of order 1 (paper); ddim: DDIM with eta = 1. One transition, two grids."""
+    steps: int = 20
+    """Sampler steps (paper)."""
+    guidance: float | None = None
+    """Classifier-free guidance scale of sampling, loss and reward. None: the base's own."""
+    beta: float | None = None
+    """Strength of the reward against the prior (E4). None: by base and reward."""
+    lam: float | None = None
+    """lambda: strength of the pull to the rollout's own predictions (E5). None: by base and reward."""
+    matching: Literal["eps", "score"] | None = None
+    """score: E4 as published; eps: the same residual divided by k, every noise level counts alike. None: by base."""
+    branch: Literal["guided", "conditional"] | None = None
+    """Which prediction is matched: the guided one (paper), or only the conditional half. None: by base."""
+    last_step: Literal["always", "stratified", "never"] = "always"
+    """Whether the last sampler step is always trained (paper), by chance like any other, or never."""
+    fraction: float = 0.4
+    """Share of every trajectory's steps that is trained (paper)."""
+    time_weight: Literal["squared", "linear", "none"] = "squared"
+    """Weight w(s) of the reward by noise level: alpha_s^2 (paper), alpha_s, or 1."""
+    jacobian: bool = True
+    """Let the reward gradient (E7) run through the network (paper). False: x0 as if the prediction were constant."""
+    clip_reward_grad: float | None = None
+    """Clip the L2 norm of each object's reward gradient to this. None: off (paper)."""
+
+    views: int | None = None
+    """Pictures per object for the reward. None: by base (the paper: 4)."""
+    view_size: int | None = None
+    """Pixels of a picture's side. None: by base."""
+    eval_size: int | None = None
+    """Pixels of a picture's side in evaluations. None: by base."""
+    elevation_range: float = 20.0
+    """Degrees over which the reward's cameras vary in elevation, around 10 (paper: 20)."""
+    azimuth_range: float = 60.0
+    """Degrees over which they vary in azimuth, around evenly spaced views (paper: 60)."""
+
+    samples_per_prompt: int = 4
+    """Objects per test prompt in the evaluation before and after (paper: 32); for `sample`: objects per prompt."""
+    eval_batch: int = 60
+    """Objects sampled at once in an evaluation."""
+
+
+PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "branch": "guided", "views": 4,
+         "view_size": 512, "eval_size": 512}
+PRESETS = {  # looked up by base and reward; the `shapes` values come from assets/results/sweep.jsonl
+    "shapes": {
+        "": {"epochs": 10, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional", "views": 2,
+             "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 1e4},
+    },
+    "paper": {
+        "": PAPER | {"beta": 1e6, "lam": 1e4},
+        "aesthetic": PAPER | {"beta": 2e6, "lam": 3e3},
+        "hpsv2": PAPER | {"beta": 1e7, "lam": 5e3},
+    },
+}
+
+
+def resolve(config: Config) -> Config:
+    """Fill in the defaults that depend on base and reward, and refuse what cannot work. Returns a new Config."""
+    presets = PRESETS["shapes" if config.base == "shapes" else "paper"]
+    first_reward = config.reward.split(",")[0].split("=")[0]
+    filled = {name: value for name, value in presets.get(first_reward, presets[""]).items()
+              if getattr(config, name) is None}
+    name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
+    filled |= {"prompts": config.prompts or str(HERE / f"prompts/{config.base}_train.txt"),
+               "test_prompts": config.test_prompts or str(HERE / f"prompts/{config.base}_test.txt"),
+               "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+               "out": config.out or f"runs/{config.base}-{name}-seed{config.seed}"}
+    config = dataclasses.replace(config, **filled)
+    for field in ("epochs", "batch_size", "updates_per_epoch", "micro_batch", "lr", "max_grad_norm", "lora_rank", "steps",
+                  "beta", "views", "view_size", "samples_per_prompt", "eval_batch", "guidance", "clip_reward_grad"):
+        value = getattr(config, field)
+        if value is not None and not value > 0:
+            raise UserError(f"--{field.replace('_', '-')} is {value}; it must be above zero")
+    for field in ("lam", "weight_decay", "elevation_range", "azimuth_range", "seed"):
+        if not getattr(config, field) >= 0:
+            raise UserError(f"--{field.replace('_', '-')} is {getattr(config, field)}; it must not be negative")
+    if not 0 < config.fraction <= 1:
+        raise UserError(f"--fraction is {config.fraction}; it is a share of the steps, above 0 and at most 1")
+    if config.steps > 500:
+        raise UserError(f"--steps is {config.steps}; the noise levels allow at most 500")
+    if config.steps == 1 and config.last_step == "never":
+        raise UserError("--steps 1 with --last-step never leaves nothing to train; use more steps")
+    return config
+
+
+# -----------------------------------------------------------------------------------------------------------
 # 3. Cameras
 # World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras: OpenCV axes (x right, y down, z forward), matrices are
 # camera-to-world, intrinsics fx fy cx cy are divided by the image size.
 # Needs: nothing. Follows: DiffSplat's src/utils/geo_util.py, checked against its recorded output.
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 
 def orbit(elevation: Tensor | float, azimuth: Tensor | float, radius: Tensor | float = RADIUS) -> Tensor:
@@ -83,7 +232,7 @@ def orbit(elevation: Tensor | float, azimuth: Tensor | float, radius: Tensor | f
     tensors = [v if torch.is_tensor(v) else torch.tensor(float(v)) for v in (elevation, azimuth, radius)]
     elev, azim, rad = torch.broadcast_tensors(*tensors)
     elev, azim, zero = torch.deg2rad(elev), torch.deg2rad(azim), torch.zeros_like(rad)
-    back = torch.stack([elev.cos() * azim.sin(), elev.sin(), elev.cos() * azim.cos()], -1)   # origin -> camera
+    back = torch.stack([elev.cos() * azim.sin(), elev.sin(), elev.cos() * azim.cos()], -1)  # origin -> camera
     right = torch.stack([azim.cos(), zero, -azim.sin()], -1)
     down = torch.cross(right, back, dim=-1)
     c2w = torch.eye(4, dtype=rad.dtype, device=rad.device).repeat(*rad.shape, 1, 1)
@@ -126,7 +275,7 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int, half_im
         v, u = h / max(height - 1, 1) + 0.5, w / max(width - 1, 1) + 0.5
     else:
         v, u = (h + 0.5) / height, (w + 0.5) / width
-    fx, fy, cx, cy = fxfycxcy[..., None, None].unbind(-3)                                           # (B, V, 1, 1)
+    fx, fy, cx, cy = fxfycxcy[..., None, None].unbind(-3)  # (B, V, 1, 1)
     x = ((u - cx) / fx).expand(*c2w.shape[:2], height, width)
     y = ((v[:, None] - cy) / fy).expand_as(x)
     rays = torch.einsum("bvij,bvjhw->bvihw", c2w[..., :3, :3], torch.stack([x, y, torch.ones_like(x)], 2))
@@ -135,10 +284,10 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int, half_im
     return torch.cat([torch.cross(origin, rays, dim=2), rays], 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 4. Gaussians
 # Needs: sections 1, 3 and kernels.rasterize.
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Gaussians(NamedTuple):
@@ -162,13 +311,13 @@ def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
     B, V, _, H, W = grid.shape
     if grid.shape[2] != 12:
         raise ValueError(f"grid: want (B, V, 12, H, W), got {tuple(grid.shape)}")
-    channels = grid.permute(0, 1, 3, 4, 2)                                                          # (B, V, H, W, 12)
+    channels = grid.permute(0, 1, 3, 4, 2)  # (B, V, H, W, 12)
     rgb, scale, quats, opacity, depth = channels.split([3, 3, 4, 1, 1], -1)
     small = scale / 2 + 0.5
     scales = scale_range[0] * small + scale_range[1] * (1 - small)
     z = depth_scale * depth + c2w[..., :3, 3].norm(dim=-1)[..., None, None, None]
     y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 1, W), indexing="ij")
-    fx, fy, cx, cy = fxfycxcy[..., None, None].unbind(-3)                                           # (B, V, 1, 1)
+    fx, fy, cx, cy = fxfycxcy[..., None, None].unbind(-3)  # (B, V, 1, 1)
     rays = torch.stack([(x.to(grid) - cx) / fx, (y.to(grid) - cy) / fy, torch.ones_like(z[..., 0])], -1)
     means = torch.einsum("bvij,bvhwj->bvhwi", c2w[..., :3, :3], rays * z) + c2w[..., None, None, :3, 3]
     return Gaussians(means.flatten(1, 3), scales.flatten(1, 3), quats.flatten(1, 3),
@@ -216,12 +365,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         part.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 5. NoiseSchedule
 # Every step of the sampler is one Gaussian transition, and this class is all that the method knows of diffusion.
 # Needs: nothing. Timesteps and noise levels come from diffusers' schedulers.
 #     x_t = alpha_t x0 + sigma_t eps,  h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t),  e^-h = the ratio below
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 
 class NoiseSchedule:
@@ -285,12 +434,12 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x).reshape(-1, *[1] * (x.dim() - 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 6. Bases
 # A base is a frozen 3D diffusion model. It offers encode(prompts) -> Cond, predict(x, t, cond) -> eps,
 # decode(x0) -> Gaussians, and: betas, latent_shape, guidance, net (the module that LoRA goes on), device.
 # Needs: sections 3 and 4; the networks are stock diffusers.
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Cond(NamedTuple):
@@ -350,29 +499,29 @@ class DiffSplat:
         channels = vae.config.latent_channels
         size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (self.views, channels, size, size)
-        self.latent_mean = latent_mean.to(self.device).reshape(-1, 1, 1)            # per channel, or one for all
+        self.latent_mean = latent_mean.to(self.device).reshape(-1, 1, 1)  # per channel, or one for all
         self.latent_std = latent_std.to(self.device).reshape(-1, 1, 1)
         self.c2w, self.fxfycxcy = input_cameras(1, self.device)
         rays = plucker_rays(self.c2w, self.fxfycxcy, image_size, image_size, half_image_shift)[0]
         self.plucker = F.interpolate(rays, (size, size), mode="bilinear")           # (V, 6, h, w)
         from diffusers import DDIMScheduler
-        self.alpha_by_t = DDIMScheduler(**betas).alphas_cumprod.sqrt().to(self.device)                  # (1000,)
+        self.alpha_by_t = DDIMScheduler(**betas).alphas_cumprod.sqrt().to(self.device)  # (1000,)
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Noise in x (B, V, C, h, w) at timesteps t (B,): eps like x, whatever the network itself predicts."""
         B, V, C = x.shape[:3]
         dtype = next(self.net.parameters()).dtype
         t = t.to(self.device)
-        rows = torch.cat([x, self.plucker.expand(B, -1, -1, -1, -1)], 2).flatten(0, 1).to(dtype)     # ((b v), C+6, h, w)
-        embeds = cond.embeds.to(self.device, dtype).repeat_interleave(V, 0)                          # ((b v), L, D)
+        rows = torch.cat([x, self.plucker.expand(B, -1, -1, -1, -1)], 2).flatten(0, 1).to(dtype)  # ((b v), C+6, h, w)
+        embeds = cond.embeds.to(self.device, dtype).repeat_interleave(V, 0)  # ((b v), L, D)
         mask = None if cond.mask is None else cond.mask.to(self.device).repeat_interleave(V, 0)
-        extra = {"resolution": None, "aspect_ratio": None}      # PixArt-alpha's size conditions, unused since Sigma
+        extra = {"resolution": None, "aspect_ratio": None}  # PixArt-alpha's size conditions, unused since Sigma
         out = self.net(rows, encoder_hidden_states=embeds, timestep=t.repeat_interleave(V), return_dict=False,
                        encoder_attention_mask=mask, added_cond_kwargs=extra)[0]
-        out = out[:, :C].unflatten(0, (B, V)).float()           # PixArt's second half is a variance that nobody uses
+        out = out[:, :C].unflatten(0, (B, V)).float()  # PixArt's second half is a variance that nobody uses
         if self.prediction_type == "epsilon":
             return out
-        alpha = per_sample(self.alpha_by_t[t], x)               # v = alpha eps - sigma x0 and x = alpha x0 + sigma eps
+        alpha = per_sample(self.alpha_by_t[t], x)  # v = alpha eps - sigma x0 and x = alpha x0 + sigma eps
         return alpha * out + (1 - alpha ** 2).sqrt() * x
 
     def decode(self, x0: Tensor) -> Gaussians:
@@ -409,7 +558,7 @@ class WordTable(nn.Module):
     def forward(self, prompts: list[str]) -> Cond:
         tokens = self.tokens(prompts)
         mask = tokens > 0
-        mask[:, 0] = True                                       # the null prompt "" keeps one pad token: softmax needs one
+        mask[:, 0] = True  # the null prompt "" keeps one pad token: softmax needs one
         return Cond(self.words(tokens) + self.positions.weight, mask)
 
 
@@ -462,3 +611,889 @@ class NormalEstimator(nn.Module):
             x = block(torch.cat([F.interpolate(x, skip.shape[-2:], mode="bilinear"), skip], 1))
         return F.normalize(self.head(x), dim=1)
 
+
+def load_base(config: Config, device: torch.device | str) -> DiffSplat:
+    """The base that `config.base` names, frozen, on `device`. `shapes` also carries its judges: .tower, .normals."""
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    path = Path(config.weights or HERE / "assets/shapes.safetensors")
+    state, about = load_weights(path)
+    if "config" not in about:
+        raise UserError(f"{path} is not a file of the base 'shapes': it was not made by assets/make_shapes.py")
+    about = json.loads(about["config"])
+
+    def part(name: str, module: nn.Module) -> nn.Module:
+        own = {key[len(name) + 1:]: tensor.float() for key, tensor in state.items() if key.startswith(f"{name}.")}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit the base 'shapes': {str(error).splitlines()[1].strip()}") from None
+        return module.to(device).eval().requires_grad_(False)
+
+    vocab, length = about["vocab"], about["max_length"]
+    base = DiffSplat(
+        part("net", PixArtTransformer2DModel(**about["net"])), part("vae", AutoencoderKL(**about["vae"])),
+        part("text", WordTable(vocab, about["net"]["caption_channels"], length)), image_size=about["vae"]["sample_size"],
+        prediction_type=about["prediction_type"], guidance=about["guidance"], betas={}, device=device,
+        latent_mean=state["latent_mean"].float(), latent_std=state["latent_std"].float(),
+        scale_range=about["scale_range"], depth_scale=about["depth_scale"], half_image_shift=False)
+    base.tower = part("tower", ImageTextTower(vocab, length, **about["tower"]))
+    base.normals = part("normal", NormalEstimator(**about["normal"]))
+    return base
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file."""
+    from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}; `python assets/make_shapes.py` makes those of the base 'shapes'")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
+
+
+def load_prompts(spec: str) -> list[str]:
+    """A text file with one prompt a line, or the prompt itself."""
+    path = Path(spec)
+    if path.is_file():
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise UserError(f"the prompt file {path} is empty; write one prompt a line")
+        return prompts
+    if path.suffix or os.sep in spec:
+        raise UserError(f"there is no prompt file {path}")
+    if not spec.strip():
+        raise UserError("the prompt is empty; write what to make, for example --prompts \"a red cube\"")
+    return [spec.strip()]
+
+
+def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
+    """Wrap a network in a LoRA of scale 1 on its attention, feed-forward and projection layers (the paper's set)."""
+    from peft import LoraConfig, get_peft_model
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj",
+               "linear", "linear_1", "linear_2"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                              target_modules=targets))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 7. Rewards
+# A reward is a function of pictures and prompts: reward(render, prompts) -> score (B, V), differentiable with
+# respect to the render. Its gradient is all that the method sees of it.
+# Needs: section 4.
+# -----------------------------------------------------------------------------------------------------------
+
+Reward = Callable[[Render, list[str]], Tensor]
+
+
+def colorfulness(render: Render, prompts: list[str]) -> Tensor:
+    """How colourful the object is: Hasler and Suesstrunk (2003), M = sigma_rgyb + 0.3 mu_rgyb, for colours in [0, 1].
+
+    Means and variances are taken over the object (weights: alpha, detached), not over the picture: otherwise an
+    object could score by growing.
+    """
+    weight = render.alpha[:, :, 0].detach()  # (B, V, H, W)
+    weight = weight / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    r, g, b = render.image.unbind(2)
+    opponents = torch.stack([r - g, (r + g) / 2 - b], 2)  # (B, V, 2, H, W)
+    mean = (weight[:, :, None] * opponents).sum((-2, -1))  # (B, V, 2)
+    variance = (weight[:, :, None] * (opponents - mean[..., None, None]) ** 2).sum((-2, -1))
+    return (variance.sum(-1) + 1e-8).sqrt() + 0.3 * (mean.square().sum(-1) + 1e-8).sqrt()  # sqrt'(0) = inf
+
+
+def depth_to_normals(depth: Tensor) -> Tensor:
+    """Normals of the surface that a z-depth map (..., 1, H, W) describes: (..., 3, H, W), camera space, facing it.
+
+    Central differences of the unprojected pixel centres; zero on the border, where there is no neighbour.
+    """
+    H, W = depth.shape[-2:]
+    v = (torch.arange(H, device=depth.device) + 0.5 - H / 2) / (FXFY * H)
+    u = (torch.arange(W, device=depth.device) + 0.5 - W / 2) / (FXFY * W)
+    points = torch.cat([depth * u, depth * v[:, None], depth], -3)
+    down = points[..., 2:, 1:-1] - points[..., :-2, 1:-1]
+    right = points[..., 1:-1, 2:] - points[..., 1:-1, :-2]
+    return F.pad(F.normalize(torch.cross(down, right, dim=-3), dim=-3), (1, 1, 1, 1))
+
+
+def depth_normal_consistency(render: Render, prompts: list[str]) -> Tensor:
+    """Mean cosine between rendered normals and the normals of the rendered depth (detached, as published).
+
+    Over pixels that are on the object (alpha > 0.5) with all their four neighbours; 0 where there is none.
+    """
+    inside = (render.alpha > 0.5).float()
+    cross = inside.new_tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
+    mask = (F.conv2d(inside.flatten(0, 1), cross) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]  # (B, V, H-2, W-2)
+    cosine = (render.normal * depth_to_normals(render.depth.detach())).sum(2)[..., 1:-1, 1:-1]
+    return (cosine * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
+
+
+class LaionAesthetic(nn.Module):
+    """LAION aesthetic predictor V2: five linear layers on a CLIP ViT-L/14 image embedding of unit length.
+
+    Scores are about 1 to 10. Pictures are resized as Nabla-R2D3's reward does it (bicubic, not antialiased).
+    """
+
+    url = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth"
+    sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        self.visual = visual  # an open_clip image tower: (N, 3, S, S) -> (N, 768)
+        widths = (768, 1024, 128, 64, 16, 1)                    # no activation between them, as published
+        self.layers = nn.Sequential(*(layer for a, b in zip(widths, widths[1:])
+                                      for layer in (nn.Linear(a, b), nn.Identity())))
+        self.layers[7] = self.layers[8]  # the published file numbers the last layer 7, not 8
+        del self.layers[8:]
+
+    @classmethod
+    def pretrained(cls, device: torch.device | str) -> LaionAesthetic:
+        """The published weights, fetched on first use (CLIP about 1.7 GB through open_clip, the head 3.7 MB)."""
+        import open_clip
+        path = Path(torch.hub.get_dir()) / "checkpoints" / cls.url.rsplit("/", 1)[1]
+        try:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(cls.url, str(path), hash_prefix=cls.sha256)
+            clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained="openai")
+        except Exception as error:
+            raise UserError(f"--scorer laion needs weights that could not be fetched ({type(error).__name__}: "
+                            f"{str(error).splitlines()[0]}); with --base shapes, leave --scorer out") from None
+        if hashlib.sha256(path.read_bytes()).hexdigest() != cls.sha256:
+            raise UserError(f"{path} is not the published file (wrong checksum); delete it and start again")
+        model = cls(clip.visual)
+        model.layers.load_state_dict({key.removeprefix("layers."): value for key, value in
+                                      torch.load(path, map_location="cpu", weights_only=True).items()})
+        return model.to(device).eval().requires_grad_(False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] -> (N, 768), unit length."""
+        import open_clip
+        size = self.visual.image_size[0] if isinstance(self.visual.image_size, tuple) else self.visual.image_size
+        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN,
+                                                                  open_clip.OPENAI_DATASET_STD))
+        images = F.interpolate(images, (size, size), mode="bicubic")
+        return F.normalize(self.visual((images - mean) / std), dim=-1)
+
+    def forward(self, render: Render, prompts: list[str]) -> Tensor:
+        scores = self.layers(self.embed(render.image.flatten(0, 1)))
+        return scores.reshape(render.image.shape[:2])
+
+
+def tower_agreement(tower: ImageTextTower) -> Reward:
+    """Embedded stand-in for HPSv2: the cosine of picture and prompt in the base's own image-text tower."""
+    def score(render: Render, prompts: list[str]) -> Tensor:
+        pictures = tower.image(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])  # (B, V, D)
+        return (pictures * tower.text(prompts)[:, None]).sum(-1)
+    return score
+
+
+def normal_agreement(estimator: nn.Module) -> Reward:
+    """Mean cosine between rendered normals and those a 2D estimator sees in the picture (estimate detached)."""
+    def score(render: Render, prompts: list[str]) -> Tensor:
+        with torch.no_grad():
+            estimate = estimator(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])
+        mask = (render.alpha > 0.5)[:, :, 0]
+        return ((render.normal * estimate).sum(2) * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
+    return score
+
+
+def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: str = "auto") -> Reward:
+    """The reward that `spec` describes: "aesthetic", "aesthetic=1,dnc=0.3", "my_file.py:my_function".
+
+    The returned function has a `.title` that says which scorer measures it.
+    """
+    terms = []
+    for part in spec.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weight = float(weight or 1)
+        except ValueError:
+            raise UserError(f"the weight in --reward {part!r} is not a number; write for example dnc=0.3") from None
+        terms.append((weight, *load_reward_term(name.strip(), base, device, scorer)))
+
+    def reward(render: Render, prompts: list[str]) -> Tensor:
+        return sum(weight * function(render, prompts) for weight, function, _ in terms)
+
+    reward.title = " + ".join(title if weight == 1 else f"{weight:g} x {title}" for weight, _, title in terms)
+    return reward
+
+
+def load_reward_term(name: str, base: DiffSplat, device: torch.device | str, scorer: str) -> tuple[Reward, str]:
+    """One reward by name or file.py:function, and its title."""
+    if ".py:" in name:
+        path, _, function = name.rpartition(":")
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path} for --reward {name}")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise UserError(f"{path} has no function {function!r}; --reward {name} needs "
+                            f"def {function}(render, prompts) -> scores (objects, views)")
+        return getattr(module, function), name
+    if name == "aesthetic" and scorer == "laion":
+        return LaionAesthetic.pretrained(device), "aesthetic (LAION V2, CLIP ViT-L/14)"
+    rewards = {"aesthetic": (colorfulness, "aesthetic (embedded scorer: colourfulness)"),
+               "hpsv2": (tower_agreement(base.tower), "hpsv2 (embedded scorer: image-text tower)"),
+               "normal": (normal_agreement(base.normals), "normal (embedded scorer: normal estimator)"),
+               "dnc": (depth_normal_consistency, "dnc (depth-normal consistency)")}
+    if name not in rewards:
+        raise UserError(f"there is no reward {name!r}; there are {', '.join(rewards)} and your own file.py:function")
+    return rewards[name]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 8. Rollout
+# Needs: sections 5 and 6.
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Trajectory(NamedTuple):
+    """What sampling leaves for the loss: x (B, T+1, *latent); eps_uncond, eps_text (B, T, *latent)."""
+
+    x: Tensor
+    eps_uncond: Tensor | None
+    eps_text: Tensor
+
+
+def predict_both(base: DiffSplat, x: Tensor, t: Tensor, cond: Cond, null: Cond,
+                 guidance: float) -> tuple[Tensor | None, Tensor]:
+    """The two halves of classifier-free guidance in one batch; the unconditional one is None where guidance is 1."""
+    if guidance == 1:
+        return None, base.predict(x, t, cond)
+    M = len(x)
+    both = Cond(torch.cat([null.embeds.expand(M, -1, -1), cond.embeds]),
+                None if cond.mask is None else torch.cat([null.mask.expand(M, -1), cond.mask]))
+    return base.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+
+
+def guide(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance."""
+    return eps_text if eps_uncond is None else eps_uncond + guidance * (eps_text - eps_uncond)
+
+
+@torch.no_grad()
+def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
+            generator: torch.Generator, progress: Callable = iter) -> Trajectory:
+    """Sample one object per row of `cond` from pure noise, keeping all that the loss needs. `generator` is a CPU one."""
+    B = len(cond.embeds)
+
+    def noise() -> Tensor:
+        return torch.randn(B, *base.latent_shape, generator=generator).to(base.device)
+
+    xs, unconds, texts = [noise()], [], []
+    for i in progress(range(len(schedule))):
+        x = xs[-1]
+        eps_uncond, eps_text = predict_both(base, x, schedule.t(i).expand(B), cond, null, guidance)
+        c_x, c_0, std = schedule.step(i)
+        mean = c_x * x + c_0 * schedule.x0(x, guide(eps_uncond, eps_text, guidance), i)             # (E1, E2)
+        xs.append((mean + std * noise()).to(x))                                                     # (E3)
+        unconds.append(eps_uncond)
+        texts.append(eps_text)
+    return Trajectory(torch.stack(xs, 1), None if guidance == 1 else torch.stack(unconds, 1), torch.stack(texts, 1))
+
+
+def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator) -> list[int]:
+    """The steps of one trajectory to train: the last one as `last_step` says, the rest stratified over time.
+
+    The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting at a random
+    quarter, so that every noise level is trained about equally often for any number of steps.
+    """
+    count = max(1, int(steps * fraction))
+    always = [steps - 1] if last_step == "always" else []
+    pool = torch.arange(steps if last_step == "stratified" else steps - 1)
+    quarters = [q[torch.randperm(len(q), generator=generator)].tolist() for q in pool.tensor_split(4)]
+    first = int(torch.randint(4, (), generator=generator))
+    turns = [q[n] for n in range(-(-steps // 4)) for q in quarters[first:] + quarters[:first] if n < len(q)]
+    return always + turns[:count - len(always)]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 9. The loss
+# Residual nabla-DB, forward direction (Nabla-R2D3, arXiv 2506.15684; nabla-GFlowNet, arXiv 2412.07775).
+#     code        symbol                                      code          symbol
+#     eps_*       eps_theta, the network with its LoRA        g             gradient of the reward at x_s (E7)
+#     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
+#     eps_old     eps_theta when the rollout was made         weight        beta w(s)
+# Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores is a
+# weighted regression of eps_theta to the target eps_ref - (beta w / k) g. That is why this page is all there is.
+# Needs: sections 5, 7 and 8, kernels.gradient_matching.
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Transitions(NamedTuple):
+    """A micro-batch of M sampler steps, objects and times mixed."""
+
+    i: Tensor                  # (M,) step numbers, on the CPU: step i goes from grid point i to i + 1
+    x_t: Tensor                # (M, *latent) at grid point i
+    x_s: Tensor                # (M, *latent) at grid point i + 1
+    eps_old: Tensor            # (M, *latent)
+    cond: Cond                 # M prompts, encoded
+    prompts: list[str]         # M prompts
+
+
+def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
+                    config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """g (M, *latent), the gradient of the reward's mean over views with respect to x_s (E7); and that mean (M,)."""
+    x_s = batch.x_s.detach().requires_grad_()
+    s = batch.i + 1
+    with contextlib.nullcontext() if config.jacobian else torch.no_grad():
+        eps = guide(*predict_both(base, x_s, schedule.t(s), batch.cond, null, config.guidance), config.guidance)
+    gaussians = base.decode(schedule.x0(x_s, eps, s))  # (E1) at s
+    c2w, fxfycxcy = sample_cameras(len(x_s), config.views, config.elevation_range, config.azimuth_range, generator)
+    pictures = render(gaussians, c2w, fxfycxcy, config.view_size, kernel_backend(config))
+    noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
+    score = reward(pictures._replace(image=pictures.image + noise.to(pictures.image)), batch.prompts).mean(1)
+    g, = torch.autograd.grad(score.sum(), x_s)
+    if config.clip_reward_grad:
+        g = g * (config.clip_reward_grad / g.flatten(1).norm(dim=1).clamp(min=1e-12)).clamp(max=1).view(-1, 1, 1, 1, 1)
+    return g, score.detach()
+
+
+def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, null: Cond, g: Tensor,
+               config: Config) -> tuple[Tensor, Tensor]:
+    """match (E4) and reg (E5, without lambda), per transition (M,), differentiable in the LoRA weights."""
+    guidance = config.guidance if config.branch == "guided" else 1.0
+    t = schedule.t(batch.i)
+    with torch.no_grad(), base.net.disable_adapter():
+        ref_uncond, ref_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
+    eps_uncond, eps_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
+    k = schedule.k(batch.i)
+    alpha_s = schedule.alpha[batch.i + 1]
+    weight = config.beta * {"squared": alpha_s ** 2, "linear": alpha_s, "none": torch.ones_like(alpha_s)}[config.time_weight]
+    if config.matching == "eps":  # the residual (E6) divided by k: same optimum, every level counts alike
+        k, weight = torch.ones_like(k), weight / k
+    return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, batch.eps_old, g, guidance,
+                             k.to(g), weight.to(g), backend=kernel_backend(config))
+
+
+def kernel_backend(config: Config) -> str | None:
+    """What kernels.* call their backend."""
+    return None if config.backend == "auto" else config.backend
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 11. Train
+# One loop. Every epoch draws all its randomness from a generator of its own, seeded by (seed, epoch, process), so a
+# resumed run continues bit for bit without stored random states. Several GPUs: torchrun --nproc-per-node N r2d3.py ...
+# Needs: everything above.
+# -----------------------------------------------------------------------------------------------------------
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all of the numbers."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def start_processes(config: Config) -> tuple[Config, int, int]:
+    """Join the other processes if torchrun started us. Returns the config with this process's device, rank, world size."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return config, 0, 1
+    rank, on_gpu = int(os.environ["RANK"]), config.device.startswith("cuda")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    return config, rank, world
+
+
+def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
+                optimizer: torch.optim.Optimizer, config: Config, epoch: int, rank: int, world: int) -> Iterator[dict]:
+    """Sample, then descend. Yields one log row per update."""
+    generator = seeded(config.seed, epoch, rank)
+    B, weights = config.batch_size, optimizer.param_groups[0]["params"]
+    order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-B // len(prompts)))])[:B]
+    chosen = [prompts[n] for n in order]
+    cond = base.encode(chosen)
+    trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
+    with torch.no_grad():  # for the log: what the samples themselves score
+        cameras = sample_cameras(B, config.views, config.elevation_range, config.azimuth_range, generator)
+        pictures = render(base.decode(trajectory.x[:, -1]), *cameras, config.view_size, kernel_backend(config))
+        sampled = {"reward": reward(pictures, chosen).mean().item(), "coverage": pictures.alpha.mean().item()}
+
+    pairs = torch.tensor([(b, i) for b in range(B) for i in pick_transitions(config.steps, config.fraction,
+                                                                              config.last_step, generator)])
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
+        totals = torch.zeros(3)
+        for part in share.split(config.micro_batch):
+            b, i = part.unbind(1)
+            guidance = config.guidance if config.branch == "guided" else 1.0
+            uncond = None if trajectory.eps_uncond is None else trajectory.eps_uncond[b, i]
+            eps_old = trajectory.eps_text[b, i] if guidance == 1 else guide(uncond, trajectory.eps_text[b, i], guidance)
+            batch = Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old, cond[b], [chosen[n] for n in b])
+            g, score = reward_gradient(base, reward, schedule, batch, null, config, generator)
+            match, reg = nabla_loss(base, schedule, batch, null, g, config)
+            loss = match + config.lam * reg
+            for name, value in {"reward": score, "reward gradient": g.flatten(1).sum(1), "loss": loss}.items():
+                if not value.isfinite().all():
+                    step = i[~value.isfinite().cpu()][0].item()
+                    raise UserError(f"the {name} is not finite at epoch {epoch}, sampler step {step}; the last good "
+                                    f"checkpoint is {Path(config.out, 'checkpoint')}; try a smaller --lr or --beta")
+            (loss.sum() / len(share)).backward()
+            totals += torch.stack([loss.detach().sum(), match.detach().sum(), reg.detach().sum()]).cpu()
+        if world > 1:
+            for weight in weights:
+                torch.distributed.all_reduce(weight.grad)
+                weight.grad /= world
+        norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        if not norm.isfinite():
+            raise UserError(f"the gradient of the LoRA is not finite at epoch {epoch}, update {number}; the last good "
+                            f"checkpoint is {Path(config.out, 'checkpoint')}; try a smaller --lr or --beta")
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, match, reg = (totals / len(share)).tolist()
+        yield {"epoch": epoch, **sampled, "loss": loss, "match": match, "reg": reg, "grad_norm": norm.item()}
+
+
+# What may differ between a run and its continuation; everything else has to be the same.
+FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "samples_per_prompt", "eval_batch"}
+
+
+def open_run(config: Config) -> dict | None:
+    """Check that the output folder is ours to write to. Returns the checkpoint to go on from, or None to begin."""
+    out = Path(config.out)
+    saved, checkpoint = out / "config.json", out / "checkpoint/state.pt"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if saved.is_file() and checkpoint.is_file():
+        theirs, ours = json.loads(saved.read_text())["config"], dataclasses.asdict(config)
+        different = sorted(name for name in ours if name not in FREE_ON_RESUME and theirs.get(name) != ours[name])
+        if different:
+            raise UserError(f"{out} belongs to a run with other settings ({different[0]}: {theirs.get(different[0])}, "
+                            f"now {ours[different[0]]}); name another folder with --out")
+        if not config.resume:
+            raise UserError(f"{out} already holds this run; --resume goes on with it, --out or --seed begins another")
+        try:
+            return torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(error).__name__}); delete the folder "
+                            "and begin again") from None
+    if config.resume:
+        raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
+    if out.is_dir() and not saved.is_file() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run; name another folder with --out")
+    return None
+
+
+def describe_run(config: Config, reward: Reward) -> dict:
+    """What config.json holds: every setting, and with what and by whom the run was made."""
+    names = ("torch", "diffusers", "peft", "triton", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
+                         capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"config": dataclasses.asdict(config), "scorer": reward.title, "command": sys.argv, "seed": config.seed,
+            "git_commit": git.stdout.strip() or None, "python": sys.version.split()[0], "versions": versions, "gpu": gpu}
+
+
+def to_bytes(save: Callable) -> bytes:
+    """What save(file) writes."""
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int, config: Config) -> None:
+    """Everything that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+    out = Path(config.out)
+    lora = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(base.net).items()}
+    state = {"epoch": epoch, "lora": lora, "optimizer": optimizer.state_dict(), "rows": rows}
+    write_atomic(out / "checkpoint/state.pt", to_bytes(lambda file: torch.save(state, file)))
+    write_atomic(out / "lora/adapter_model.safetensors", save(lora))
+    about = {key: sorted(value) if isinstance(value, set) else value
+             for key, value in base.net.peft_config["default"].to_dict().items()}
+    write_atomic(out / "lora/adapter_config.json", json.dumps(about | {"inference_mode": True}, indent=1, default=str))
+    write_log(out / "log.csv", rows)
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """One line per update."""
+    lines = [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def train(config: Config) -> dict:
+    """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary."""
+    from peft import set_peft_model_state_dict
+    from tqdm import tqdm
+    started = time.perf_counter()
+    config, rank, world = start_processes(resolve(config))
+    state = open_run(config)
+    prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
+    base = load_base(config, config.device)
+    reward = load_reward(config.reward, base, config.device, config.scorer)
+    base.encode(prompts + test_prompts)  # a word the base does not know is found before any work
+    null = base.encode([""])
+    schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
+    config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
+    out, quiet = Path(config.out), rank > 0
+    if not quiet:
+        print_plan(config, reward, len(prompts), len(test_prompts), world, state)
+        write_atomic(out / "config.json", json.dumps(describe_run(config, reward), indent=1))
+        for source in (HERE / "r2d3.py", *sorted((HERE / "kernels").glob("*.py"))):
+            write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
+
+    before = saved_measurement(out / "checkpoint/before.pt", lambda: measure(
+        base, reward, schedule, test_prompts, config, config.seed, "before"), quiet)
+    other = saved_measurement(out / "checkpoint/reference.pt", lambda: measure(
+        base, reward, schedule, test_prompts, config, config.seed + 1, "the base once more, for FID"), quiet)
+    base.net = add_lora(base.net, config.lora_rank, config.seed)
+    weights = [weight for weight in base.net.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    rows, first = [], 0
+    if state:
+        set_peft_model_state_dict(base.net, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows, first = state["rows"], state["epoch"]
+
+    updates = tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning", disable=quiet)
+    for epoch in range(first, config.epochs):
+        begun = time.perf_counter()
+        for row in train_epoch(base, reward, schedule, prompts, null, optimizer, config, epoch, rank, world):
+            rows.append({"update": len(rows) + 1, **row, "seconds": time.perf_counter() - begun})
+            begun = time.perf_counter()
+            updates.update()
+            updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
+        if not quiet:
+            save_checkpoint(base, optimizer, rows, epoch + 1, config)
+    updates.close()
+    if quiet:
+        return {}
+    after = measure(base, reward, schedule, test_prompts, config, config.seed, "after")
+    summary = {"scorer": reward.title, "base": config.base, "epochs": config.epochs, "updates": len(rows),
+               **compare(before, after, other), "seconds": time.perf_counter() - started}
+    write_atomic(out / "summary.json", json.dumps(summary, indent=1))
+    write_report(base, test_prompts, before, after, rows, summary, config)
+    print_summary(summary, config)
+    return summary
+
+
+def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, world: int, state: dict | None) -> None:
+    """Say what is going to happen, before it does."""
+    picked = max(1, int(config.steps * config.fraction))
+    objects = config.batch_size * world
+    print(f"base      {config.base} on {config.device}" + (f", {world} processes" if world > 1 else ""))
+    print(f"reward    {reward.title}")
+    print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples {objects} objects in "
+          f"{config.steps} steps and trains {objects} x {picked} = {objects * picked} transitions,\n"
+          f"          each judged in {config.views} views of {config.view_size} x {config.view_size} pixels")
+    print(f"prompts   {prompts} to train on, {test_prompts} unseen ones x {config.samples_per_prompt} objects to measure")
+    print(f"results   {config.out}/" + (f" (going on after epoch {state['epoch']})" if state else ""))
+    if config.base == "shapes" and config.device.startswith("cuda"):
+        print("          a GPU is here: the paper's own base is --base diffsplat-pixart")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 12. Evaluate
+# The paper's protocol: prompts that were never trained on, the same seeds and views before and after.
+# Needs: sections 3 to 8.
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Measurement(NamedTuple):
+    """P prompts x S objects each, seen from the four input cameras."""
+
+    reward: Tensor         # (P, S)
+    alignment: Tensor      # (P, S) cosine of the object's pictures and its prompt in the image-text tower
+    retrieved: Tensor      # (P, S) 1 where its own prompt is the closest of all P (R@1)
+    coverage: Tensor       # (P, S) mean alpha: the share of the picture that the object covers
+    features: Tensor       # (P, S, V, D) of the pictures, unit length
+    latents: Tensor        # (P, S, *latent)
+
+
+@torch.no_grad()
+def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], config: Config, seed: int,
+            label: str) -> Measurement:
+    """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed draws the same noise."""
+    from tqdm import tqdm
+    P, S = len(prompts), config.samples_per_prompt
+    every = [n for n in range(P) for _ in range(S)]
+    texts, null, parts = base.tower.text(prompts), base.encode([""]), []
+    chunks = [every[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
+    with tqdm(total=len(chunks) * config.steps, desc=f"evaluating {label}", leave=False) as bar:
+        def count(steps):
+            for i in steps:
+                yield i
+                bar.update()
+
+        for number, rows in enumerate(chunks):
+            named = [prompts[n] for n in rows]
+            x0 = rollout(base, schedule, base.encode(named), null, config.guidance, seeded(seed, number), count).x[:, -1]
+            pictures = render(base.decode(x0), *input_cameras(len(rows)), config.eval_size, kernel_backend(config))
+            features = base.tower.image(pictures.image.flatten(0, 1)).unflatten(0, pictures.image.shape[:2])
+            similar = features.mean(1) @ texts.T  # (rows, P)
+            own = torch.tensor(rows, device=similar.device)
+            parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
+                          (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)), features, x0))
+    return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
+
+
+def saved_measurement(path: Path, make: Callable[[], Measurement], quiet: bool) -> Measurement | None:
+    """Measured once, read again when a run is resumed. Processes other than the first have no use for it."""
+    if quiet:
+        return None
+    if not path.is_file():
+        measured = make()
+        write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
+    return Measurement(**torch.load(path, weights_only=True))
+
+
+def diversity(features: Tensor) -> Tensor:
+    """(P, S, V, D) -> (P,): mean distance (1 - cosine) between two objects of one prompt, per view, then averaged."""
+    S = features.shape[1]
+    cosine = torch.einsum("psvd,ptvd->pvst", features, features)
+    return 1 - (cosine.sum((-2, -1)) - S).mean(1) / max(S * (S - 1), 1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
+    """FID's distance of the Gaussians fitted to two sets of features (n, D); double precision."""
+    a, b = a.double(), b.double()
+    roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt()
+    return (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * roots.sum()
+
+
+def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
+    """Each metric before and after, its change, and the 95% interval of the change: a bootstrap over prompts.
+
+    fid_to_base compares with a second draw of the base (`reference`), so that "before" is the noise floor, not 0.
+    """
+    P, generator = len(before.reward), seeded(0)
+    draws = torch.randint(P, (1000, P), generator=generator)
+
+    def entry(old: Tensor, new: Tensor, resampled: Tensor) -> dict:
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+        change = (new - old).item()
+        return {"before": old.item(), "after": new.item(), "change": change, "ci95": [low, high],
+                "standard_errors": change / max(resampled.std().item(), 1e-12)}
+
+    result = {}
+    for name in ("reward", "alignment", "retrieved", "coverage", "diversity"):
+        old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1) for m in (before, after))
+        result[name] = entry(old.mean(), new.mean(), (new - old)[draws].mean(1))
+
+    def fid(measured: Measurement, rows: Tensor) -> Tensor:
+        return frechet_distance(measured.features[rows].flatten(0, 2), reference.features[rows].flatten(0, 2))
+
+    resampled = torch.stack([fid(after, rows) - fid(before, rows) for rows in draws[:100]])
+    result["fid_to_base"] = entry(fid(before, torch.arange(P)), fid(after, torch.arange(P)), resampled)
+    result["fid_to_base"]["images"] = before.features[..., 0].numel()
+    return result
+
+
+METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
+           "coverage": "alpha coverage", "diversity": "diversity", "fid_to_base": "FID to the base"}
+
+
+def print_summary(summary: dict, config: Config) -> None:
+    """The before/after table, and what to think of it."""
+    print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval of the change")
+    for name, title in METRICS.items():
+        row = summary[name]
+        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {row['ci95'][0]:+.3f} .. {row['ci95'][1]:+.3f}")
+    print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
+          f"{summary['seconds']:.0f} seconds in all.")
+    if summary["alignment"]["ci95"][1] < 0:
+        print("warning: the objects fit their prompts less well than before; try a smaller --beta or fewer --epochs")
+    if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
+        print("warning: the objects' size changed by more than a tenth; try a smaller --beta or fewer --epochs")
+    print(f"open {Path(config.out, 'report.html')}, or make new objects: "
+          f"python r2d3.py sample --prompts \"{load_prompts(config.test_prompts)[0]}\" --run {config.out}")
+
+
+def picture_rows(images: Tensor) -> PIL.Image.Image:
+    """(rows, columns, 3, H, W) in [0, 1] -> one picture."""
+    rows, columns, _, H, W = images.shape
+    flat = images.detach().cpu().clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, 3)
+    return PIL.Image.fromarray((flat * 255).round().byte().numpy())
+
+
+def png(picture: PIL.Image.Image) -> bytes:
+    return to_bytes(lambda file: picture.save(file, "PNG"))
+
+
+@torch.no_grad()
+def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: str | None = None) -> bytes:
+    """A .gif in which all objects, side by side, turn once around."""
+    B, pictures = len(gaussians.means), []
+    for azimuth in range(0, 360, 360 // frames):
+        c2w = orbit(20.0, float(azimuth)).expand(B, 1, 4, 4)
+        pictures.append(picture_rows(render(gaussians, c2w, intrinsics(B, 1), size, backend).image.transpose(0, 1)))
+    return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
+                                                  duration=80, loop=0))
+
+
+def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after: Measurement, rows: list[dict],
+                 summary: dict, config: Config) -> None:
+    """samples/ (before and after, one over the other), curves.png and report.html, one page that needs no network."""
+    from PIL import ImageDraw
+    out, backend = Path(config.out), kernel_backend(config)
+    shown = [round(n * (len(prompts) - 1) / 11) for n in range(12)] if len(prompts) > 12 else list(range(len(prompts)))
+    c2w, fxfycxcy = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
+    grids, objects = {}, {}
+    for name, measured in (("before", before), ("after", after)):
+        with torch.no_grad():
+            objects[name] = base.decode(measured.latents[shown, 0].to(base.device))
+            grids[name] = render(objects[name], c2w, fxfycxcy, 128, backend).image.cpu()  # (12, 1, 3, 128, 128)
+        write_atomic(out / f"samples/{name}.png", png(picture_rows(grids[name].unflatten(0, (-1, min(6, len(shown))))[:, :, 0])
+                                                      if len(shown) % 6 == 0 else picture_rows(grids[name].transpose(0, 1))))
+    both = picture_rows(torch.cat([grids["before"], grids["after"]], 1).transpose(0, 1))              # 2 rows
+    labelled = PIL.Image.new("RGB", (both.width, both.height + 28), "white")
+    labelled.paste(both, (0, 0))
+    draw = ImageDraw.Draw(labelled)
+    for column, n in enumerate(shown):
+        words = prompts[n].split()
+        half = (len(words) + 1) // 2
+        draw.multiline_text((128 * column + 64, both.height + 1), " ".join(words[:half]) + "\n" + " ".join(words[half:]),
+                            fill="black", anchor="ma", align="center", spacing=1, font_size=10)
+    write_atomic(out / "samples/before_after.png", png(labelled))
+    pair = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(objects["before"], objects["after"])))
+    write_atomic(out / "samples/turntable.gif", turntable(pair, backend=backend))
+    write_atomic(out / "curves.png", curves(rows))
+
+    def inline(name: str) -> str:
+        return f"data:image/{name[-3:]};base64,{base64.b64encode((out / name).read_bytes()).decode()}"
+
+    table = "".join(f"<tr><td>{title}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{row['ci95'][0]:+.3f} .. {row['ci95'][1]:+.3f}"
+                    for key, title in METRICS.items() for row in [summary[key]])
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>r2d3: {html.escape(config.reward)} on {config.base}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+img{{max-width:100%}}table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
+td:first-child,th:first-child{{text-align:left}}pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}</style>
+<h1>{html.escape(config.reward)} on {config.base}</h1>
+<p>Scorer: {html.escape(summary['scorer'])}. {summary['updates']} updates, {summary['seconds']:.0f} seconds,
+{len(prompts)} unseen prompts x {config.samples_per_prompt} objects, the same seeds before and after.</p>
+<table><tr><th>on unseen prompts<th>before<th>after<th>95% interval of the change</tr>{table}</table>
+<h2>Before (top) and after (bottom)</h2><img alt="before and after" src="{inline('samples/before_after.png')}">
+<h2>All around</h2><p>Four objects before, then the same four after.</p>
+<img alt="turntable" src="{inline('samples/turntable.gif')}">
+<h2>Training</h2><img alt="curves" src="{inline('curves.png')}">
+<h2>Settings</h2><pre>{html.escape((out / 'config.json').read_text())}</pre></html>"""
+    write_atomic(out / "report.html", page)
+
+
+def curves(rows: list[dict]) -> bytes:
+    """The log as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(1, 3), (("reward", "reward of the epoch's samples"),
+                                                           ("coverage", "alpha coverage"), ("loss", "loss"))):
+        axes.plot([row["update"] for row in rows], [row[name] for row in rows], color="tab:blue")
+        axes.set(title=title, xlabel="update")
+        axes.grid(alpha=0.3)
+    return to_bytes(lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 13. Command line
+# -----------------------------------------------------------------------------------------------------------
+
+
+def load_run(config: Config) -> tuple[Config, DiffSplat]:
+    """The base with a run's LoRA on it, and the run's settings, overridden by what was given now."""
+    default = Config()
+    if config.run is None:
+        config = resolve(config)
+        return config, load_base(config, config.device)
+    saved = Path(config.run) / "config.json"
+    if not saved.is_file() or not (Path(config.run) / "lora/adapter_model.safetensors").is_file():
+        raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+             if getattr(config, field.name) != getattr(default, field.name)}
+    theirs = json.loads(saved.read_text())["config"] | {"device": None, "resume": False}
+    config = resolve(Config(**theirs | given))
+    base = load_base(config, config.device)
+    from peft import PeftModel
+    base.net = PeftModel.from_pretrained(base.net, str(Path(config.run) / "lora")).to(base.device).eval()
+    return config, base
+
+
+@torch.no_grad()
+def sample(config: Config) -> list[Path]:
+    """Make objects: for each a .ply for splat viewers, a .png of the four views and a turntable .gif."""
+    from tqdm import tqdm
+    if not config.prompts:
+        raise UserError("sample needs --prompts: a text file, or the prompt itself, for example --prompts \"a red cube\"")
+    prompts = load_prompts(config.prompts)
+    folder = Path(config.out or Path(config.run or "runs") / "samples")
+    config, base = load_run(config)
+    schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
+    written = []
+    for n, prompt in enumerate(prompts):
+        cond = base.encode([prompt]).expand(config.samples_per_prompt)
+        x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance, seeded(config.seed, n),
+                     lambda steps: tqdm(steps, desc=prompt, leave=False)).x[:, -1]
+        gaussians = base.decode(x0)
+        pictures = render(gaussians, *input_cameras(len(x0)), 256, kernel_backend(config)).image
+        for s in range(len(x0)):
+            path = folder / f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:80]}-seed{config.seed}-{s}.ply"
+            one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
+            save_ply(path, one)
+            write_atomic(path.with_suffix(".png"), png(picture_rows(pictures[s:s + 1])))
+            write_atomic(path.with_suffix(".gif"), turntable(one, 256, backend=kernel_backend(config)))
+            print(path)
+            written.append(path)
+    return written
+
+
+def evaluate(config: Config) -> dict:
+    """Measure a run (or, without --run, the base) on unseen prompts again, with other seeds or more samples."""
+    config, base = load_run(config)
+    reward = load_reward(config.reward, base, config.device, config.scorer)
+    schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
+    config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
+    prompts = load_prompts(config.test_prompts)
+    after = measure(base, reward, schedule, prompts, config, config.seed, "the run" if config.run else "the base")
+    with base.net.disable_adapter() if config.run else contextlib.nullcontext():
+        before = measure(base, reward, schedule, prompts, config, config.seed, "the base") if config.run else after
+        other = measure(base, reward, schedule, prompts, config, config.seed + 1, "the base once more, for FID")
+    summary = {"scorer": reward.title, "base": config.base, **compare(before, after, other), "seconds": 0.0}
+    if config.run:
+        write_atomic(Path(config.run) / "evaluation.json", json.dumps(summary, indent=1))
+    print_summary(summary, config)
+    return summary
+
+
+def parse(arguments: list[str]) -> tuple[Callable, Config]:
+    """The command (train, sample or evaluate) and its Config; a mistake is a UserError."""
+    import tyro
+    commands = {"train": train, "sample": sample, "evaluate": evaluate}
+    name = arguments.pop(0) if arguments and arguments[0] in commands else "train"
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return commands[name], tyro.cli(Config, prog="python r2d3.py [train | sample | evaluate]", args=arguments)
+    except SystemExit as stop:
+        if stop.code == 0:                                      # --help
+            raise
+        words = re.sub(r"[╭╮╰╯│─]+", " ", message.getvalue()).split()
+        raise UserError(" ".join(words)) from None
+
+
+def main() -> int:
+    """Exit codes: 0 done, 2 the caller can mend it (one sentence on stderr), 130 stopped by Ctrl-C."""
+    try:
+        command, config = parse(sys.argv[1:])
+        command(config)
+        return 0
+    except (UserError, OSError) as error:
+        print(f"\nr2d3: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nr2d3: stopped; the same command with --resume goes on from the last finished epoch", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
