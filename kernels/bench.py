@@ -70,7 +70,6 @@ def cameras(B, V, device):
     right = torch.stack([azimuth.cos(), torch.zeros(V), -azimuth.sin()], -1)
     c2w = torch.eye(4).repeat(V, 1, 1)
     c2w[:, :3] = torch.stack([right, torch.linalg.cross(right, away), -away, 1.4 * away], -1)
-    c2w[:, :3, 1] = torch.linalg.cross(-away, right)
     return c2w.expand(B, V, 4, 4).contiguous().to(device)
 
 
@@ -154,8 +153,8 @@ def render_ours(gaussians, views, size, backend, deterministic=False):
     return rasterize(*gaussians, *views[:2], size, size, backend=backend, deterministic=deterministic)
 
 
-def ours(gaussians, views, size, backend):
-    render = render_ours(gaussians, views, size, backend)
+def ours(gaussians, views, size, backend, deterministic=False):
+    render = render_ours(gaussians, views, size, backend, deterministic)
     return render.image, render.alpha, render.depth
 
 
@@ -174,15 +173,17 @@ def one_view_at_a_time(render, gaussians, views, size):
     return [torch.cat(outputs) for outputs in zip(*singly, strict=True)]
 
 
-def splat_backends(device):
-    if device.type == "cpu":
-        return {"torch": partial(ours, backend="torch")}
-    fused = partial(ours, backend="triton")
-    backends = {"triton": fused, "triton, view by view": partial(one_view_at_a_time, fused)}
-    if gsplat is not None:
-        backends |= {"gsplat": with_gsplat, "gsplat, packed": partial(with_gsplat, packed=True),
-                     "gsplat, view by view": partial(one_view_at_a_time, with_gsplat)}
-    return {**backends, "torch": partial(ours, backend="torch")}
+def splat_backends(device, small):
+    backends = {}
+    if device.type == "cuda":
+        fused = partial(ours, backend="triton")
+        backends |= {"triton": fused, "triton, deterministic": partial(fused, deterministic=True),
+                     "triton, view by view": partial(one_view_at_a_time, fused)}
+        if gsplat is not None:
+            backends |= {"gsplat": with_gsplat, "gsplat, packed": partial(with_gsplat, packed=True),
+                         "gsplat, view by view": partial(one_view_at_a_time, with_gsplat)}
+    # The PyTorch path is made for a CPU: where a GPU needs seconds for it, there is nothing to learn.
+    return backends | ({"torch": partial(ours, backend="torch")} if small else {})
 
 
 def matching_inputs(M, n, dtype, device, seed):
@@ -262,9 +263,9 @@ def captured(call):
     return graph.replay
 
 
-def ceilings(device, quick):
+def ceilings(device):
     """Bytes a second of a copy, read and written; float32 operations a second of a matrix product."""
-    count, side = (2**24, 1024) if quick or device.type == "cpu" else (2**29, 8192)
+    count, side = (2**24, 1024) if device.type == "cpu" else (2**29, 8192)
     a, b = torch.randn(2, count // 2, device=device)
     copy = measure([lambda: a.copy_(b)], device, 0.5)["ms_p20"]
     m = torch.randn(side, side, device=device)
@@ -329,20 +330,6 @@ def check(device):
 def cases(op, device, quick):
     """(row so far, {backend: function}, leaf sets, constant sets, bytes and operations of each pass)"""
     cuda = device.type == "cuda"
-    if op in ("splat", "all"):
-        for shape in SPLAT if cuda and not quick else list(SPLAT)[: 2 if cuda else 1]:
-            B, V, N, size = SPLAT[shape]
-            sets = [scene(B, V, N, device, seed) for seed in range(2 if quick else 3)]
-            pairs = mean_pairs(sets[0], V, size)
-            live = (torch.cat([x[3] for x in sets]) > 0).float().mean().item()
-            gaussians, pixels = 4 * GAUSSIAN_FLOATS * B * N, 4 * PIXEL_FLOATS * B * V * size**2
-            need = {name: (gaussians + pixels if name == "forward" else 3 * gaussians + 2 * pixels,
-                           flops * pairs * B * V * size**2) for name, flops in PAIR_FLOPS.items()}
-            row = {"op": "rasterize", "shape": shape, "B": B, "V": V, "N": N, "H": size, "W": size,
-                   "dtype": "float32", "live": round(live, 3), "pairs_per_pixel": round(pairs, 2)}
-            functions = {name: lambda *x, render=render: render(x[:5], *x[5:])
-                         for name, render in splat_backends(device).items()}
-            yield row, functions, sets, [(make_views(B, V, size, device), size)] * len(sets), need
     if op in ("matching", "all"):
         for shape in MATCHING if cuda and not quick else list(MATCHING)[:3]:
             for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
@@ -355,11 +342,25 @@ def cases(op, device, quick):
                 need = {"forward": (6 * size, 0), "forward+backward": (14 * size, 0)}
                 constants = [(*latents[2:], 7.5, k, weight) for latents, k, weight in inputs]
                 yield row, functions, [latents[:2] for latents, _, _ in inputs], constants, need
+    if op in ("splat", "all"):
+        for shape in SPLAT if cuda and not quick else list(SPLAT)[: 2 if cuda else 1]:
+            B, V, N, size = SPLAT[shape]
+            sets = [scene(B, V, N, device, seed) for seed in range(2 if quick else 3)]
+            pairs = mean_pairs(sets[0], V, size)
+            live = (torch.cat([x[3] for x in sets]) > 0).float().mean().item()
+            gaussians, pixels = 4 * GAUSSIAN_FLOATS * B * N, 4 * PIXEL_FLOATS * B * V * size**2
+            need = {name: (gaussians + pixels if name == "forward" else 3 * gaussians + 2 * pixels,
+                           flops * pairs * B * V * size**2) for name, flops in PAIR_FLOPS.items()}
+            row = {"op": "rasterize", "shape": shape, "B": B, "V": V, "N": N, "H": size, "W": size,
+                   "dtype": "float32", "live": round(live, 3), "pairs_per_pixel": round(pairs, 2)}
+            functions = {name: lambda *x, render=render: render(x[:5], *x[5:])
+                         for name, render in splat_backends(device, B * N <= 4 * 256**2).items()}
+            yield row, functions, sets, [(make_views(B, V, size, device), size)] * len(sets), need
 
 
 def run(op, device, quick, seconds):
     """Rows of everything that `seconds` allow; a backend that fails gives a row with the reason."""
-    bandwidth, rate = ceilings(device, quick)
+    bandwidth, rate = ceilings(device)
     print(f"measured ceilings: copy {bandwidth / 1e9:.0f} GB/s, float32 product {rate / 1e12:.2f} TFLOP/s")
     end, rows, facts = time.monotonic() + seconds, [], provenance(device)
     for row, functions, leaf_sets, constant_sets, need in cases(op, device, quick):
@@ -389,7 +390,7 @@ def run(op, device, quick, seconds):
 def table(rows):
     key = lambda r: (r["op"], r["shape"], r["dtype"], r["pass"])  # noqa: E731
     eager = {key(r): r.get("ms_p50") for r in rows if r["backend"] == "torch"}
-    line = "{:18}{:17}{:9}{:21}{:17}{:>10}{:>10}{:>10}{:>9}{:>9}{:>9}{:>5}"
+    line = "{:18}{:17}{:9}{:22}{:17}{:>10}{:>10}{:>10}{:>9}{:>9}{:>9}{:>5}"
     print(line.format("operator", "shape", "dtype", "backend", "pass", "ms p50", "p20", "p80", "x torch",
                       "x floor", "peak MB", "reps"))
     for r in rows:
