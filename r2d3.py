@@ -1,13 +1,13 @@
 """r2d3: align text-to-3D diffusion models with rewards that only see 2D renders, in one file.
 
 This is the method of "Nabla-R2D3: Effective and Efficient 3D Diffusion Alignment with 2D Rewards"
-(NeurIPS 2025, arXiv 2506.15684). A 3D-native diffusion model denoises the latent of an object; a reward judges
-pictures of it. The method moves the score of every denoising step by a scaled gradient of the reward, which
-samples from (prior x reward) instead of climbing the reward alone, and so keeps the prior and its diversity:
+(NeurIPS 2025, arXiv 2506.15684). A 3D-native diffusion model denoises the latent of an object; a reward
+judges pictures of it. The method moves the score of every denoising step by a scaled gradient of the reward,
+which samples from (prior x reward) instead of climbing the reward alone, and so keeps the prior's diversity:
 
     for every epoch:
-        draw prompts and sample trajectories x_T .. x_0 with the current model                 (rollout; E1-E3)
-        pick some steps t -> s of every trajectory                                             (pick_transitions)
+        draw prompts and sample trajectories x_T .. x_0 with the current model                (rollout; E1-E3)
+        pick some steps t -> s of every trajectory                                          (pick_transitions)
         for every update, for the transitions (x_t, x_s) of its share:
             x0  = one-step estimate of the clean latent from x_s                               (E1)
             g   = gradient of reward(render(decode(x0), random cameras)) with respect to x_s   (E7)
@@ -59,9 +59,9 @@ from kernels import Render, gradient_matching, rasterize
 
 # -----------------------------------------------------------------------------------------------------------
 # 1. Constants and words
-# Letters in shape comments: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T sampler
-# steps, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's grid: step i
-# goes from grid point i (noise level t) to grid point i + 1 (level s).
+# Letters in shape comments: B objects, V views, N Gaussians per object, M transitions in a micro-batch,
+# T sampler steps, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's
+# grid: step i goes from grid point i (noise level t) to grid point i + 1 (level s).
 # -----------------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
@@ -78,8 +78,8 @@ class UserError(ValueError):
 
 # -----------------------------------------------------------------------------------------------------------
 # 2. Config
-# Every setting of a run; the command line is made from it, and it is saved with the run. A default of None means
-# "by base and reward", see PRESETS: the paper's values for the paper's bases, measured ones for `shapes`.
+# Every setting of a run; the command line is made from it, and it is saved with the run. A default of None
+# means "by base and reward", see PRESETS: the paper's values for its bases, measured ones for `shapes`.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -88,9 +88,9 @@ class Config:
     """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
 
     reward: str = "aesthetic"
-    """aesthetic, hpsv2, normal, dnc; a weighted sum such as aesthetic=1,dnc=0.3; or your own, file.py:function."""
+    """aesthetic, hpsv2, normal, dnc; a weighted sum, aesthetic=1,dnc=0.3; or your own, file.py:function."""
     scorer: Literal["auto", "embedded", "laion"] = "auto"
-    """What measures `aesthetic`: embedded (colourfulness) or laion (LAION V2 on CLIP ViT-L/14); auto: by base."""
+    """What measures aesthetic: embedded (colourfulness), laion (LAION V2 on CLIP ViT-L/14); auto: by base."""
     base: Literal["shapes"] = "shapes"
     """The 3D diffusion model: shapes is embedded and needs no download."""
     weights: str | None = None
@@ -102,7 +102,7 @@ class Config:
     out: str | None = None
     """The folder to write to. Default: runs/<base>-<reward>-seed<seed>; for `sample`, in the run's folder."""
     run: str | None = None
-    """For `sample` and `evaluate`: the folder of the run whose LoRA to use. Default for `sample`: the base as it is."""
+    """For `sample` and `evaluate`: the folder of the run whose LoRA to use. Default: the base as it is."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder (with more --epochs: train longer)."""
     seed: int = 0
@@ -119,7 +119,7 @@ class Config:
     updates_per_epoch: int = 4
     """Optimiser steps per epoch; the epoch's transitions are split evenly among them."""
     micro_batch: int = 16
-    """Transitions in one forward and backward pass; memory grows with it, the result does not depend on it."""
+    """Transitions in one forward and backward pass; memory grows with it."""
     lr: float | None = None
     """Learning rate of AdamW. None: by base."""
     weight_decay: float = 1e-4
@@ -140,7 +140,7 @@ class Config:
     lam: float | None = None
     """lambda: strength of the pull to the rollout's own predictions (E5). None: by base and reward."""
     matching: Literal["eps", "score"] | None = None
-    """score: E4 as published; eps: the same residual divided by k, every noise level counts alike. None: by base."""
+    """score: E4 as published; eps: its residual divided by k, all noise levels count alike. None: by base."""
     branch: Literal["guided", "conditional"] | None = None
     """Which prediction is matched: the guided one (paper), or only the conditional half. None: by base."""
     last_step: Literal["always", "stratified", "never"] = "always"
@@ -150,7 +150,7 @@ class Config:
     time_weight: Literal["squared", "linear", "none"] = "squared"
     """Weight w(s) of the reward by noise level: alpha_s^2 (paper), alpha_s, or 1."""
     jacobian: bool = True
-    """Let the reward gradient (E7) run through the network (paper). False: x0 as if the prediction were constant."""
+    """Let the reward gradient (E7) run through the network (paper); else the prediction counts as constant."""
     clip_reward_grad: float | None = None
     """Clip the L2 norm of each object's reward gradient to this. None: off (paper)."""
 
@@ -166,7 +166,7 @@ class Config:
     """Degrees over which they vary in azimuth, around evenly spaced views (paper: 60)."""
 
     samples_per_prompt: int = 4
-    """Objects per test prompt in the evaluation before and after (paper: 32); for `sample`: objects per prompt."""
+    """Objects per test prompt in evaluations (paper: 32); for `sample`: objects per prompt."""
     eval_batch: int = 60
     """Objects sampled at once in an evaluation."""
 
@@ -175,8 +175,8 @@ PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "bran
          "view_size": 512, "eval_size": 512}
 PRESETS = {  # looked up by base and reward; the `shapes` values come from assets/results/sweep.jsonl
     "shapes": {
-        "": {"epochs": 10, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional", "views": 2,
-             "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 1e4},
+        "": {"epochs": 10, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional",
+             "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 1e4},
     },
     "paper": {
         "": PAPER | {"beta": 1e6, "lam": 1e4},
@@ -187,7 +187,7 @@ PRESETS = {  # looked up by base and reward; the `shapes` values come from asset
 
 
 def resolve(config: Config) -> Config:
-    """Fill in the defaults that depend on base and reward, and refuse what cannot work. Returns a new Config."""
+    """A new Config with the defaults that depend on base and reward filled in; refuses what cannot work."""
     presets = PRESETS["shapes" if config.base == "shapes" else "paper"]
     first_reward = config.reward.split(",")[0].split("=")[0]
     filled = {name: value for name, value in presets.get(first_reward, presets[""]).items()
@@ -198,14 +198,11 @@ def resolve(config: Config) -> Config:
                "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
                "out": config.out or f"runs/{config.base}-{name}-seed{config.seed}"}
     config = dataclasses.replace(config, **filled)
-    for field in ("epochs", "batch_size", "updates_per_epoch", "micro_batch", "lr", "max_grad_norm", "lora_rank", "steps",
-                  "beta", "views", "view_size", "samples_per_prompt", "eval_batch", "guidance", "clip_reward_grad"):
-        value = getattr(config, field)
-        if value is not None and not value > 0:
-            raise UserError(f"--{field.replace('_', '-')} is {value}; it must be above zero")
-    for field in ("lam", "weight_decay", "elevation_range", "azimuth_range", "seed"):
-        if not getattr(config, field) >= 0:
-            raise UserError(f"--{field.replace('_', '-')} is {getattr(config, field)}; it must not be negative")
+    may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed"}
+    for name, value in dataclasses.asdict(config).items():
+        if type(value) in (int, float) and not (value >= 0 if name in may_be_zero else value > 0):
+            wanted = "must not be negative" if name in may_be_zero else "must be above zero"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it {wanted}")
     if not 0 < config.fraction <= 1:
         raise UserError(f"--fraction is {config.fraction}; it is a share of the steps, above 0 and at most 1")
     if config.steps > 500:
@@ -217,8 +214,8 @@ def resolve(config: Config) -> Config:
 
 # -----------------------------------------------------------------------------------------------------------
 # 3. Cameras
-# World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras: OpenCV axes (x right, y down, z forward), matrices are
-# camera-to-world, intrinsics fx fy cx cy are divided by the image size.
+# World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras: OpenCV axes (x right, y down, z forward), matrices
+# are camera-to-world, intrinsics fx fy cx cy are divided by the image size.
 # Needs: nothing. Follows: DiffSplat's src/utils/geo_util.py, checked against its recorded output.
 # -----------------------------------------------------------------------------------------------------------
 
@@ -232,7 +229,7 @@ def orbit(elevation: Tensor | float, azimuth: Tensor | float, radius: Tensor | f
     tensors = [v if torch.is_tensor(v) else torch.tensor(float(v)) for v in (elevation, azimuth, radius)]
     elev, azim, rad = torch.broadcast_tensors(*tensors)
     elev, azim, zero = torch.deg2rad(elev), torch.deg2rad(azim), torch.zeros_like(rad)
-    back = torch.stack([elev.cos() * azim.sin(), elev.sin(), elev.cos() * azim.cos()], -1)  # origin -> camera
+    back = torch.stack([elev.cos() * azim.sin(), elev.sin(), elev.cos() * azim.cos()], -1)  # to the camera
     right = torch.stack([azim.cos(), zero, -azim.sin()], -1)
     down = torch.cross(right, back, dim=-1)
     c2w = torch.eye(4, dtype=rad.dtype, device=rad.device).repeat(*rad.shape, 1, 1)
@@ -253,10 +250,11 @@ def input_cameras(num_objects: int, device: torch.device | str = "cpu") -> tuple
 
 def sample_cameras(num_objects: int, views: int, elevation_range: float, azimuth_range: float,
                    generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The views of the reward: evenly spaced azimuths, one random offset and elevation per object (a fresh draw).
+    """The views of the reward: evenly spaced azimuths, one random offset and elevation per object.
 
-    Ranges are full widths in degrees, centred on azimuth offset 0 and on ELEVATION. With fewer than four views the
-    first one starts at a random quarter turn, so that every side is seen. Returns c2w (B, V, 4, 4), fxfycxcy (B, V, 4).
+    Ranges are full widths in degrees, centred on azimuth offset 0 and on ELEVATION. With fewer than four views
+    the first one starts at a random quarter turn, so that every side is seen in turn.
+    Returns c2w (B, V, 4, 4), fxfycxcy (B, V, 4).
     """
     u = torch.rand(num_objects, 2, generator=generator) - 0.5
     quarter = torch.randint(4, (num_objects, 1), generator=generator) if views < 4 else 0
@@ -264,7 +262,8 @@ def sample_cameras(num_objects: int, views: int, elevation_range: float, azimuth
     return orbit(ELEVATION + elevation_range * u[:, 1:], azimuth), intrinsics(num_objects, views)
 
 
-def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int, half_image_shift: bool = False) -> Tensor:
+def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
+                 half_image_shift: bool = False) -> Tensor:
     """Pluecker coordinates of the pixels' rays: (B, V, 6, height, width) = [origin x direction, direction].
 
     `half_image_shift` reproduces the convention that the published DiffSplat weights were trained with: pixel
@@ -301,12 +300,14 @@ class Gaussians(NamedTuple):
 
 
 def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
-                            scale_range: tuple[float, float] = (0.0005, 0.02), depth_scale: float = 1.0) -> Gaussians:
+                            scale_range: tuple[float, float] = (0.0005, 0.02),
+                            depth_scale: float = 1.0) -> Gaussians:
     """One Gaussian per pixel of 12-channel images in [-1, 1] (DiffSplat's representation of an object).
 
-    grid (B, V, 12, H, W): colour 0:3, scale 3:6 (+1 is the smallest of `scale_range`), rotation 6:10 wxyz in world
-    space, opacity 10, z-depth 11 relative to the camera's distance from the origin in units of `depth_scale`. Pixel
-    (i, j) stands for the ray through (j / (W - 1), i / (H - 1)), as published. Returns N = V H W splats per object.
+    grid (B, V, 12, H, W): colour 0:3, scale 3:6 (+1 is the smallest of `scale_range`), rotation 6:10 wxyz in
+    world space, opacity 10, z-depth 11 relative to the camera's distance from the origin in units of
+    `depth_scale`. Pixel (i, j) stands for the ray through (j / (W - 1), i / (H - 1)) of the image, as published.
+    Returns N = V H W splats per object.
     """
     B, V, _, H, W = grid.shape
     if grid.shape[2] != 12:
@@ -324,8 +325,9 @@ def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
                      (opacity / 2 + 0.5).flatten(1), (rgb / 2 + 0.5).flatten(1, 3))
 
 
-def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backend: str | None = None) -> Render:
-    """Square pictures on white of every object from its V cameras: image (B, V, 3, size, size) and the rest of Render."""
+def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int,
+           backend: str | None = None) -> Render:
+    """Square pictures on white of every object from its V cameras: image (B, V, 3, size, size) and so on."""
     g = gaussians
     return rasterize(g.means, g.quats, g.scales, g.opacities, g.colors, c2w.to(g.means), fxfycxcy.to(g.means),
                      size, size, backend=backend)
@@ -336,7 +338,7 @@ PLY_FIELDS = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "op
 
 
 def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
-    """Write one object as the .ply that splat viewers read (INRIA layout: log scales, logit opacities, SH colours).
+    """Write one object as the .ply that splat viewers read (INRIA: log scales, logit opacities, SH colours).
 
     Splats that a picture cannot show (opacity below 1/255) are left out. Returns how many were written.
     """
@@ -367,31 +369,31 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 # -----------------------------------------------------------------------------------------------------------
 # 5. NoiseSchedule
-# Every step of the sampler is one Gaussian transition, and this class is all that the method knows of diffusion.
+# Every step of the sampler is one Gaussian transition; this class is all that the method knows of diffusion.
 # Needs: nothing. Timesteps and noise levels come from diffusers' schedulers.
-#     x_t = alpha_t x0 + sigma_t eps,  h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t),  e^-h = the ratio below
+#     x_t = alpha_t x0 + sigma_t eps,   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
 # -----------------------------------------------------------------------------------------------------------
 
 
 class NoiseSchedule:
     """Noise levels of a sampler with T steps: timesteps (T,), alpha (T + 1,), sigma (T + 1,).
 
-    First-order SDE-DPM-Solver++ and DDIM with eta = 1 are the same transition on different grids. Every method takes
-    a grid point i: an int, or one per sample as a LongTensor (M,). Tables are float64 and stay on the CPU.
+    First-order SDE-DPM-Solver++ and DDIM with eta = 1 are the same transition on different grids. Every method
+    takes a grid point i: an int, or one per sample as a LongTensor (M,). Tables are float64, on the CPU.
     """
 
     def __init__(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor):
         self.timesteps = timesteps.long().cpu()
         self.alpha, self.sigma = alpha.double().cpu(), sigma.double().cpu()
         if not len(alpha) == len(sigma) == len(timesteps) + 1:
-            raise ValueError(f"want T timesteps and T + 1 levels, got {len(timesteps)}, {len(alpha)}, {len(sigma)}")
+            raise ValueError(f"want T timesteps, T + 1 levels; got {len(timesteps)}, {len(alpha)}, {len(sigma)}")
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @classmethod
     def from_diffusers(cls, sampler: str, steps: int, **betas) -> NoiseSchedule:
-        """The grid of "dpm" (sde-dpmsolver++ of order 1, as Nabla-R2D3 samples) or "ddim", with diffusers' numbers.
+        """The grid of "dpm" (sde-dpmsolver++ of order 1, as in Nabla-R2D3) or "ddim", with diffusers' numbers.
 
         Both end at the smallest noise level instead of at 0, so that the last step is a Gaussian too.
         """
@@ -405,8 +407,8 @@ class NoiseSchedule:
             return cls(scheduler.timesteps, alpha, ratio * alpha)
         scheduler = DDIMScheduler(set_alpha_to_one=False, timestep_spacing="trailing", **betas)
         scheduler.set_timesteps(steps)
-        squared = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod[None]])
-        return cls(scheduler.timesteps, squared.double().sqrt(), (1 - squared.double()).sqrt())
+        squared = scheduler.alphas_cumprod.double()[[*scheduler.timesteps, 0]]
+        return cls(scheduler.timesteps, squared.sqrt(), (1 - squared).sqrt())
 
     def t(self, i: int | Tensor) -> Tensor:
         """What the network is told at grid point i; after the last step that is timestep 0."""
@@ -457,12 +459,13 @@ class Cond(NamedTuple):
 
 
 class MultiViewAttnProcessor:
-    """Self-attention over all views of an object: (b v) n d -> b (v n) d. The rest of the block stays per view."""
+    """Self-attention over all views of an object: (b v) n d -> b (v n) d. The rest stays per view."""
 
     def __init__(self, views: int):
         self.views = views
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, **kwargs) -> Tensor:
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: None = None,
+                 attention_mask: None = None, **unused) -> Tensor:
         rows, tokens, width = hidden_states.shape
         joined = hidden_states.reshape(rows // self.views, self.views * tokens, width)
         q, k, v = (layer(joined).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -478,24 +481,24 @@ def join_views(net: nn.Module, views: int) -> None:
 
 
 class DiffSplat:
-    """DiffSplat: multi-view latents of splat grids, denoised by an image diffusion network that sees all views at once.
+    """DiffSplat: latents of splat grids in four views, denoised by an image network that sees all of them at once.
 
-    `net` predicts from [latent, Pluecker rays] of the four input cameras; `vae` has 12 channels, one splat grid per
-    view. `shapes` is this class with small weights. Follows chenguolin/DiffSplat (checked on its recorded output).
+    `net` predicts from [latent, Pluecker rays] of the four input cameras; `vae` has 12 channels, one splat grid
+    per view. `shapes` is this class with small weights. Follows chenguolin/DiffSplat (checked on its output).
     """
 
     views = 4
 
-    def __init__(self, net: nn.Module, vae: nn.Module, encode: Callable[[list[str]], Cond], *, image_size: int,
-                 prediction_type: str, guidance: float, latent_mean: Tensor, latent_std: Tensor, betas: dict,
-                 scale_range: tuple[float, float], depth_scale: float, half_image_shift: bool,
+    def __init__(self, net: nn.Module, vae: nn.Module, encode: Callable[[list[str]], Cond], *,
+                 image_size: int, prediction_type: str, guidance: float, latent_mean: Tensor, latent_std: Tensor,
+                 betas: dict, scale_range: tuple[float, float], depth_scale: float, half_image_shift: bool,
                  device: torch.device | str):
         self.device = torch.device(device)
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         join_views(self.net, self.views)
-        self.encode, self.guidance, self.prediction_type, self.betas = encode, guidance, prediction_type, betas
-        self.scale_range, self.depth_scale = scale_range, depth_scale
+        self.encode, self.guidance, self.betas = encode, guidance, betas
+        self.prediction_type, self.scale_range, self.depth_scale = prediction_type, scale_range, depth_scale
         channels = vae.config.latent_channels
         size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (self.views, channels, size, size)
@@ -508,20 +511,20 @@ class DiffSplat:
         self.alpha_by_t = DDIMScheduler(**betas).alphas_cumprod.sqrt().to(self.device)  # (1000,)
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Noise in x (B, V, C, h, w) at timesteps t (B,): eps like x, whatever the network itself predicts."""
+        """Noise in x (B, V, C, h, w) at timesteps t (B,): eps like x, whatever the network predicts."""
         B, V, C = x.shape[:3]
         dtype = next(self.net.parameters()).dtype
         t = t.to(self.device)
-        rows = torch.cat([x, self.plucker.expand(B, -1, -1, -1, -1)], 2).flatten(0, 1).to(dtype)  # ((b v), C+6, h, w)
+        rows = torch.cat([x, self.plucker.expand(B, -1, -1, -1, -1)], 2).flatten(0, 1).to(dtype)
         embeds = cond.embeds.to(self.device, dtype).repeat_interleave(V, 0)  # ((b v), L, D)
         mask = None if cond.mask is None else cond.mask.to(self.device).repeat_interleave(V, 0)
-        extra = {"resolution": None, "aspect_ratio": None}  # PixArt-alpha's size conditions, unused since Sigma
+        extra = {"resolution": None, "aspect_ratio": None}      # size conditions that PixArt-Sigma does not use
         out = self.net(rows, encoder_hidden_states=embeds, timestep=t.repeat_interleave(V), return_dict=False,
                        encoder_attention_mask=mask, added_cond_kwargs=extra)[0]
-        out = out[:, :C].unflatten(0, (B, V)).float()  # PixArt's second half is a variance that nobody uses
+        out = out[:, :C].unflatten(0, (B, V)).float()           # PixArt's second half is an unused variance
         if self.prediction_type == "epsilon":
             return out
-        alpha = per_sample(self.alpha_by_t[t], x)  # v = alpha eps - sigma x0 and x = alpha x0 + sigma eps
+        alpha = per_sample(self.alpha_by_t[t], x)               # v = alpha eps - sigma x0
         return alpha * out + (1 - alpha ** 2).sqrt() * x
 
     def decode(self, x0: Tensor) -> Gaussians:
@@ -542,28 +545,28 @@ class WordTable(nn.Module):
         self.words, self.positions = nn.Embedding(len(self.index), dim), nn.Embedding(max_length, dim)
 
     def tokens(self, prompts: list[str]) -> Tensor:
-        """(B, max_length) word numbers, 0 where there is none. Unknown words and too long prompts are the user's errors."""
+        """(B, max_length) word numbers, 0 where there is none. UserError: an unknown word, too many words."""
         out = torch.zeros(len(prompts), self.positions.num_embeddings, dtype=torch.long)
         for row, prompt in zip(out, prompts):
             words = prompt.lower().split()
             unknown = [word for word in words if word not in self.index]
             if unknown:
-                raise UserError(f"the base 'shapes' does not know the word {unknown[0]!r} in the prompt {prompt!r}; "
-                                f"it knows: {' '.join(w for w in self.index if w)}")
+                raise UserError(f"the base 'shapes' does not know the word {unknown[0]!r} in the prompt "
+                                f"{prompt!r}; it knows: {' '.join(w for w in self.index if w)}")
             if len(words) > len(row):
-                raise UserError(f"the prompt {prompt!r} has {len(words)} words; the base 'shapes' takes {len(row)}")
+                raise UserError(f"the prompt {prompt!r} has {len(words)} words; 'shapes' takes {len(row)}")
             row[:len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
         return out.to(self.words.weight.device)
 
     def forward(self, prompts: list[str]) -> Cond:
         tokens = self.tokens(prompts)
         mask = tokens > 0
-        mask[:, 0] = True  # the null prompt "" keeps one pad token: softmax needs one
+        mask[:, 0] = True                                       # the null prompt "" keeps one pad token
         return Cond(self.words(tokens) + self.positions.weight, mask)
 
 
 class ImageTextTower(nn.Module):
-    """A small CLIP for the world of `shapes`: pictures and prompts to unit vectors whose product is their agreement."""
+    """A small CLIP for the world of `shapes`: the cosine of a picture's and a prompt's vector says if they agree."""
 
     def __init__(self, vocab: list[str], max_length: int, dim: int = 64, width: int = 32):
         super().__init__()
@@ -573,12 +576,13 @@ class ImageTextTower(nn.Module):
             nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU())))
         self.image_head = nn.Linear(widths[-1] * 16, dim)       # 64 px / 2^4 = a 4 x 4 map
         self.table = WordTable(vocab, dim, max_length)
-        self.mixer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.mixer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, 0.0, "gelu", batch_first=True)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def image(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, D), unit length."""
-        images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True) if images.shape[-1] != 64 else images
+        if images.shape[-1] != 64:
+            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
         return F.normalize(self.image_head(self.cnn(images * 2 - 1).flatten(1)), dim=-1)
 
     def text(self, prompts: list[str]) -> Tensor:
@@ -593,11 +597,13 @@ class NormalEstimator(nn.Module):
 
     def __init__(self, width: int = 24):
         super().__init__()
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 3, stride=s, padding=1), nn.GroupNorm(4, b), nn.SiLU(),
-                                                nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(4, b), nn.SiLU())
-                                  for a, b, s in ((3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)))
-        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.SiLU())
-                                for a, b in ((6 * width, 2 * width), (3 * width, width)))
+
+        def conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:
+            return [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+
+        self.down = nn.ModuleList(nn.Sequential(*conv(a, b, stride), *conv(b, b)) for a, b, stride in (
+            (3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)))
+        self.up = nn.ModuleList(nn.Sequential(*conv(a, b)) for a, b in ((6 * width, 2 * width), (3 * width, width)))
         self.head = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -613,29 +619,31 @@ class NormalEstimator(nn.Module):
 
 
 def load_base(config: Config, device: torch.device | str) -> DiffSplat:
-    """The base that `config.base` names, frozen, on `device`. `shapes` also carries its judges: .tower, .normals."""
+    """The base that `config.base` names, frozen, on `device`. `shapes` also has its judges: .tower, .normals."""
     from diffusers import AutoencoderKL, PixArtTransformer2DModel
     path = Path(config.weights or HERE / "assets/shapes.safetensors")
     state, about = load_weights(path)
     if "config" not in about:
-        raise UserError(f"{path} is not a file of the base 'shapes': it was not made by assets/make_shapes.py")
+        raise UserError(f"{path} does not hold the base 'shapes': it was not made by assets/make_shapes.py")
     about = json.loads(about["config"])
 
     def part(name: str, module: nn.Module) -> nn.Module:
-        own = {key[len(name) + 1:]: tensor.float() for key, tensor in state.items() if key.startswith(f"{name}.")}
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
-            raise UserError(f"{path} does not fit the base 'shapes': {str(error).splitlines()[1].strip()}") from None
+            raise UserError(f"{path} does not fit: {str(error).splitlines()[1].strip()}") from None
         return module.to(device).eval().requires_grad_(False)
 
     vocab, length = about["vocab"], about["max_length"]
     base = DiffSplat(
         part("net", PixArtTransformer2DModel(**about["net"])), part("vae", AutoencoderKL(**about["vae"])),
-        part("text", WordTable(vocab, about["net"]["caption_channels"], length)), image_size=about["vae"]["sample_size"],
-        prediction_type=about["prediction_type"], guidance=about["guidance"], betas={}, device=device,
-        latent_mean=state["latent_mean"].float(), latent_std=state["latent_std"].float(),
-        scale_range=about["scale_range"], depth_scale=about["depth_scale"], half_image_shift=False)
+        part("text", WordTable(vocab, about["net"]["caption_channels"], length)),
+        image_size=about["vae"]["sample_size"], prediction_type=about["prediction_type"],
+        guidance=about["guidance"], betas={}, latent_mean=state["latent_mean"].float(),
+        latent_std=state["latent_std"].float(), scale_range=about["scale_range"],
+        depth_scale=about["depth_scale"], half_image_shift=False, device=device)
     base.tower = part("tower", ImageTextTower(vocab, length, **about["tower"]))
     base.normals = part("normal", NormalEstimator(**about["normal"]))
     return base
@@ -645,7 +653,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file."""
     from safetensors import SafetensorError, safe_open
     if not path.is_file():
-        raise UserError(f"there are no weights at {path}; `python assets/make_shapes.py` makes those of the base 'shapes'")
+        raise UserError(f"there are no weights at {path}; `python assets/make_shapes.py` makes those of 'shapes'")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -669,7 +677,7 @@ def load_prompts(spec: str) -> list[str]:
 
 
 def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
-    """Wrap a network in a LoRA of scale 1 on its attention, feed-forward and projection layers (the paper's set)."""
+    """A network with a LoRA of scale 1 on its attention, feed-forward and projection layers (the paper's set)."""
     from peft import LoraConfig, get_peft_model
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj",
                "linear", "linear_1", "linear_2"]
@@ -690,22 +698,22 @@ Reward = Callable[[Render, list[str]], Tensor]
 
 
 def colorfulness(render: Render, prompts: list[str]) -> Tensor:
-    """How colourful the object is: Hasler and Suesstrunk (2003), M = sigma_rgyb + 0.3 mu_rgyb, for colours in [0, 1].
+    """How colourful the object is: Hasler and Suesstrunk (2003), sigma_rgyb + 0.3 mu_rgyb, colours in [0, 1].
 
-    Means and variances are taken over the object (weights: alpha, detached), not over the picture: otherwise an
-    object could score by growing.
+    Means and variances are taken over the object (weights: alpha, detached), not over the picture: otherwise
+    an object could score by growing.
     """
     weight = render.alpha[:, :, 0].detach()  # (B, V, H, W)
     weight = weight / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
     r, g, b = render.image.unbind(2)
     opponents = torch.stack([r - g, (r + g) / 2 - b], 2)  # (B, V, 2, H, W)
-    mean = (weight[:, :, None] * opponents).sum((-2, -1))  # (B, V, 2)
+    mean = (weight[:, :, None] * opponents).sum((-2, -1))                                         # (B, V, 2)
     variance = (weight[:, :, None] * (opponents - mean[..., None, None]) ** 2).sum((-2, -1))
     return (variance.sum(-1) + 1e-8).sqrt() + 0.3 * (mean.square().sum(-1) + 1e-8).sqrt()  # sqrt'(0) = inf
 
 
 def depth_to_normals(depth: Tensor) -> Tensor:
-    """Normals of the surface that a z-depth map (..., 1, H, W) describes: (..., 3, H, W), camera space, facing it.
+    """Normals of the surface of a z-depth map (..., 1, H, W): (..., 3, H, W), camera space, facing the camera.
 
     Central differences of the unprojected pixel centres; zero on the border, where there is no neighbour.
     """
@@ -725,7 +733,7 @@ def depth_normal_consistency(render: Render, prompts: list[str]) -> Tensor:
     """
     inside = (render.alpha > 0.5).float()
     cross = inside.new_tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
-    mask = (F.conv2d(inside.flatten(0, 1), cross) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]  # (B, V, H-2, W-2)
+    mask = (F.conv2d(inside.flatten(0, 1), cross) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]    # no border
     cosine = (render.normal * depth_to_normals(render.depth.detach())).sum(2)[..., 1:-1, 1:-1]
     return (cosine * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
 
@@ -736,21 +744,19 @@ class LaionAesthetic(nn.Module):
     Scores are about 1 to 10. Pictures are resized as Nabla-R2D3's reward does it (bicubic, not antialiased).
     """
 
-    url = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth"
+    url = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+           "sac+logos+ava1-l14-linearMSE.pth")
     sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
     def __init__(self, visual: nn.Module):
         super().__init__()
-        self.visual = visual  # an open_clip image tower: (N, 3, S, S) -> (N, 768)
-        widths = (768, 1024, 128, 64, 16, 1)                    # no activation between them, as published
-        self.layers = nn.Sequential(*(layer for a, b in zip(widths, widths[1:])
-                                      for layer in (nn.Linear(a, b), nn.Identity())))
-        self.layers[7] = self.layers[8]  # the published file numbers the last layer 7, not 8
-        del self.layers[8:]
+        self.visual = visual                                    # open_clip's image tower: (N, 3, S, S) -> (N, 768)
+        sizes = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
+        self.layers = nn.Sequential(OrderedDict((name, nn.Linear(*size)) for name, size in sizes.items()))
 
     @classmethod
     def pretrained(cls, device: torch.device | str) -> LaionAesthetic:
-        """The published weights, fetched on first use (CLIP about 1.7 GB through open_clip, the head 3.7 MB)."""
+        """The published weights, fetched on first use (CLIP through open_clip, the head is 3.7 MB)."""
         import open_clip
         path = Path(torch.hub.get_dir()) / "checkpoints" / cls.url.rsplit("/", 1)[1]
         try:
@@ -759,8 +765,8 @@ class LaionAesthetic(nn.Module):
                 torch.hub.download_url_to_file(cls.url, str(path), hash_prefix=cls.sha256)
             clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained="openai")
         except Exception as error:
-            raise UserError(f"--scorer laion needs weights that could not be fetched ({type(error).__name__}: "
-                            f"{str(error).splitlines()[0]}); with --base shapes, leave --scorer out") from None
+            raise UserError(f"--scorer laion needs weights that could not be fetched ({type(error).__name__}); it "
+                            "needs a network once; the embedded scorer (leave --scorer out) does not") from None
         if hashlib.sha256(path.read_bytes()).hexdigest() != cls.sha256:
             raise UserError(f"{path} is not the published file (wrong checksum); delete it and start again")
         model = cls(clip.visual)
@@ -771,10 +777,9 @@ class LaionAesthetic(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, 768), unit length."""
         import open_clip
-        size = self.visual.image_size[0] if isinstance(self.visual.image_size, tuple) else self.visual.image_size
-        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN,
-                                                                  open_clip.OPENAI_DATASET_STD))
-        images = F.interpolate(images, (size, size), mode="bicubic")
+        mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+        std = images.new_tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+        images = F.interpolate(images, self.visual.image_size, mode="bicubic")
         return F.normalize(self.visual((images - mean) / std), dim=-1)
 
     def forward(self, render: Render, prompts: list[str]) -> Tensor:
@@ -791,7 +796,7 @@ def tower_agreement(tower: ImageTextTower) -> Reward:
 
 
 def normal_agreement(estimator: nn.Module) -> Reward:
-    """Mean cosine between rendered normals and those a 2D estimator sees in the picture (estimate detached)."""
+    """Mean cosine between rendered normals and those an estimator sees in the picture (estimate detached)."""
     def score(render: Render, prompts: list[str]) -> Tensor:
         with torch.no_grad():
             estimate = estimator(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])
@@ -811,7 +816,7 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
         try:
             weight = float(weight or 1)
         except ValueError:
-            raise UserError(f"the weight in --reward {part!r} is not a number; write for example dnc=0.3") from None
+            raise UserError(f"the weight in --reward {part} is not a number; write for example dnc=0.3") from None
         terms.append((weight, *load_reward_term(name.strip(), base, device, scorer)))
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
@@ -821,7 +826,8 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
     return reward
 
 
-def load_reward_term(name: str, base: DiffSplat, device: torch.device | str, scorer: str) -> tuple[Reward, str]:
+def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
+                     scorer: str) -> tuple[Reward, str]:
     """One reward by name or file.py:function, and its title."""
     if ".py:" in name:
         path, _, function = name.rpartition(":")
@@ -841,7 +847,7 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str, sco
                "normal": (normal_agreement(base.normals), "normal (embedded scorer: normal estimator)"),
                "dnc": (depth_normal_consistency, "dnc (depth-normal consistency)")}
     if name not in rewards:
-        raise UserError(f"there is no reward {name!r}; there are {', '.join(rewards)} and your own file.py:function")
+        raise UserError(f"there is no reward {name!r}; there are {', '.join(rewards)}, and file.py:function")
     return rewards[name]
 
 
@@ -861,7 +867,7 @@ class Trajectory(NamedTuple):
 
 def predict_both(base: DiffSplat, x: Tensor, t: Tensor, cond: Cond, null: Cond,
                  guidance: float) -> tuple[Tensor | None, Tensor]:
-    """The two halves of classifier-free guidance in one batch; the unconditional one is None where guidance is 1."""
+    """The two halves of classifier-free guidance in one batch; the first is None where guidance is 1."""
     if guidance == 1:
         return None, base.predict(x, t, cond)
     M = len(x)
@@ -878,7 +884,7 @@ def guide(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> Tenso
 @torch.no_grad()
 def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
             generator: torch.Generator, progress: Callable = iter) -> Trajectory:
-    """Sample one object per row of `cond` from pure noise, keeping all that the loss needs. `generator` is a CPU one."""
+    """Sample one object per row of `cond`, keeping all that the loss needs. `generator` is a CPU one."""
     B = len(cond.embeds)
 
     def noise() -> Tensor:
@@ -893,14 +899,15 @@ def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, gu
         xs.append((mean + std * noise()).to(x))                                                     # (E3)
         unconds.append(eps_uncond)
         texts.append(eps_text)
-    return Trajectory(torch.stack(xs, 1), None if guidance == 1 else torch.stack(unconds, 1), torch.stack(texts, 1))
+    uncond = None if guidance == 1 else torch.stack(unconds, 1)
+    return Trajectory(torch.stack(xs, 1), uncond, torch.stack(texts, 1))
 
 
 def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator) -> list[int]:
     """The steps of one trajectory to train: the last one as `last_step` says, the rest stratified over time.
 
-    The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting at a random
-    quarter, so that every noise level is trained about equally often for any number of steps.
+    The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting at a
+    random quarter, so that every noise level is trained about equally often for any number of steps.
     """
     count = max(1, int(steps * fraction))
     always = [steps - 1] if last_step == "always" else []
@@ -918,8 +925,8 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 #     eps_*       eps_theta, the network with its LoRA        g             gradient of the reward at x_s (E7)
 #     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
 #     eps_old     eps_theta when the rollout was made         weight        beta w(s)
-# Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores is a
-# weighted regression of eps_theta to the target eps_ref - (beta w / k) g. That is why this page is all there is.
+# Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores is
+# a weighted regression of eps_theta to eps_ref - (beta w / k) g. That is why this page is all there is.
 # Needs: sections 5, 7 and 8, kernels.gradient_matching.
 # -----------------------------------------------------------------------------------------------------------
 
@@ -937,19 +944,21 @@ class Transitions(NamedTuple):
 
 def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
                     config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """g (M, *latent), the gradient of the reward's mean over views with respect to x_s (E7); and that mean (M,)."""
+    """g (M, *latent), the gradient with respect to x_s of the reward's mean over views (E7); that mean (M,)."""
     x_s = batch.x_s.detach().requires_grad_()
     s = batch.i + 1
     with contextlib.nullcontext() if config.jacobian else torch.no_grad():
-        eps = guide(*predict_both(base, x_s, schedule.t(s), batch.cond, null, config.guidance), config.guidance)
-    gaussians = base.decode(schedule.x0(x_s, eps, s))  # (E1) at s
-    c2w, fxfycxcy = sample_cameras(len(x_s), config.views, config.elevation_range, config.azimuth_range, generator)
-    pictures = render(gaussians, c2w, fxfycxcy, config.view_size, kernel_backend(config))
+        halves = predict_both(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
+        eps = guide(*halves, config.guidance)
+    gaussians = base.decode(schedule.x0(x_s, eps, s))                                               # (E1) at s
+    cameras = sample_cameras(len(x_s), config.views, config.elevation_range, config.azimuth_range, generator)
+    pictures = render(gaussians, *cameras, config.view_size, kernel_backend(config))
     noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
     score = reward(pictures._replace(image=pictures.image + noise.to(pictures.image)), batch.prompts).mean(1)
     g, = torch.autograd.grad(score.sum(), x_s)
     if config.clip_reward_grad:
-        g = g * (config.clip_reward_grad / g.flatten(1).norm(dim=1).clamp(min=1e-12)).clamp(max=1).view(-1, 1, 1, 1, 1)
+        norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
+        g = g * per_sample((config.clip_reward_grad / norm).clamp(max=1), g)
     return g, score.detach()
 
 
@@ -962,9 +971,9 @@ def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, nul
         ref_uncond, ref_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
     eps_uncond, eps_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
     k = schedule.k(batch.i)
-    alpha_s = schedule.alpha[batch.i + 1]
-    weight = config.beta * {"squared": alpha_s ** 2, "linear": alpha_s, "none": torch.ones_like(alpha_s)}[config.time_weight]
-    if config.matching == "eps":  # the residual (E6) divided by k: same optimum, every level counts alike
+    power = {"squared": 2, "linear": 1, "none": 0}[config.time_weight]
+    weight = config.beta * schedule.alpha[batch.i + 1] ** power                                     # beta w(s)
+    if config.matching == "eps":                                # the residual (E6) divided by k
         k, weight = torch.ones_like(k), weight / k
     return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, batch.eps_old, g, guidance,
                              k.to(g), weight.to(g), backend=kernel_backend(config))
@@ -977,8 +986,9 @@ def kernel_backend(config: Config) -> str | None:
 
 # -----------------------------------------------------------------------------------------------------------
 # 11. Train
-# One loop. Every epoch draws all its randomness from a generator of its own, seeded by (seed, epoch, process), so a
-# resumed run continues bit for bit without stored random states. Several GPUs: torchrun --nproc-per-node N r2d3.py ...
+# One loop. Every epoch draws all its randomness from a generator of its own, seeded by (seed, epoch, process),
+# so a resumed run continues bit for bit without stored random states.
+# Several GPUs: torchrun --nproc-per-node N r2d3.py ...
 # Needs: everything above.
 # -----------------------------------------------------------------------------------------------------------
 
@@ -990,7 +1000,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def start_processes(config: Config) -> tuple[Config, int, int]:
-    """Join the other processes if torchrun started us. Returns the config with this process's device, rank, world size."""
+    """Join the other processes if torchrun started us. Returns the config with our device, rank, world size."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return config, 0, 1
@@ -1004,38 +1014,37 @@ def start_processes(config: Config) -> tuple[Config, int, int]:
 
 
 def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
-                optimizer: torch.optim.Optimizer, config: Config, epoch: int, rank: int, world: int) -> Iterator[dict]:
+                optimizer: torch.optim.Optimizer, config: Config, epoch: int, rank: int,
+                world: int) -> Iterator[dict]:
     """Sample, then descend. Yields one log row per update."""
     generator = seeded(config.seed, epoch, rank)
     B, weights = config.batch_size, optimizer.param_groups[0]["params"]
-    order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-B // len(prompts)))])[:B]
-    chosen = [prompts[n] for n in order]
+    order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(0, B, len(prompts))])
+    chosen = [prompts[n] for n in order[:B]]
     cond = base.encode(chosen)
     trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
-    with torch.no_grad():  # for the log: what the samples themselves score
+    with torch.no_grad():                                       # for the log: what the samples themselves score
         cameras = sample_cameras(B, config.views, config.elevation_range, config.azimuth_range, generator)
         pictures = render(base.decode(trajectory.x[:, -1]), *cameras, config.view_size, kernel_backend(config))
         sampled = {"reward": reward(pictures, chosen).mean().item(), "coverage": pictures.alpha.mean().item()}
 
-    pairs = torch.tensor([(b, i) for b in range(B) for i in pick_transitions(config.steps, config.fraction,
-                                                                              config.last_step, generator)])
+    guidance = config.guidance if config.branch == "guided" else 1.0
+    eps_old = trajectory.eps_text if guidance == 1 else guide(trajectory.eps_uncond, trajectory.eps_text, guidance)
+    pairs = torch.tensor([(b, i) for b in range(B)
+                          for i in pick_transitions(config.steps, config.fraction, config.last_step, generator)])
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
         totals = torch.zeros(3)
         for part in share.split(config.micro_batch):
             b, i = part.unbind(1)
-            guidance = config.guidance if config.branch == "guided" else 1.0
-            uncond = None if trajectory.eps_uncond is None else trajectory.eps_uncond[b, i]
-            eps_old = trajectory.eps_text[b, i] if guidance == 1 else guide(uncond, trajectory.eps_text[b, i], guidance)
-            batch = Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old, cond[b], [chosen[n] for n in b])
+            batch = Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b],
+                                [chosen[n] for n in b])
             g, score = reward_gradient(base, reward, schedule, batch, null, config, generator)
             match, reg = nabla_loss(base, schedule, batch, null, g, config)
             loss = match + config.lam * reg
             for name, value in {"reward": score, "reward gradient": g.flatten(1).sum(1), "loss": loss}.items():
                 if not value.isfinite().all():
-                    step = i[~value.isfinite().cpu()][0].item()
-                    raise UserError(f"the {name} is not finite at epoch {epoch}, sampler step {step}; the last good "
-                                    f"checkpoint is {Path(config.out, 'checkpoint')}; try a smaller --lr or --beta")
+                    stop_diverged(f"{name} at sampler step {i[~value.isfinite().cpu()][0]}", epoch, number, config)
             (loss.sum() / len(share)).backward()
             totals += torch.stack([loss.detach().sum(), match.detach().sum(), reg.detach().sum()]).cpu()
         if world > 1:
@@ -1044,12 +1053,18 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 weight.grad /= world
         norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not norm.isfinite():
-            raise UserError(f"the gradient of the LoRA is not finite at epoch {epoch}, update {number}; the last good "
-                            f"checkpoint is {Path(config.out, 'checkpoint')}; try a smaller --lr or --beta")
+            stop_diverged("gradient of the LoRA weights", epoch, number, config)
         optimizer.step()
         optimizer.zero_grad()
         loss, match, reg = (totals / len(share)).tolist()
         yield {"epoch": epoch, **sampled, "loss": loss, "match": match, "reg": reg, "grad_norm": norm.item()}
+
+
+def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
+    """Say what went wrong and what is left."""
+    state = Path(config.out, "checkpoint/state.pt")
+    left = f"the last good checkpoint is {state}" if state.is_file() else "there is no checkpoint yet"
+    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; try a smaller --lr or --beta")
 
 
 # What may differ between a run and its continuation; everything else has to be the same.
@@ -1057,24 +1072,23 @@ FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "samples_per_promp
 
 
 def open_run(config: Config) -> dict | None:
-    """Check that the output folder is ours to write to. Returns the checkpoint to go on from, or None to begin."""
+    """Check that the output folder is ours to write to. Returns the checkpoint to go on from, or None."""
     out = Path(config.out)
     saved, checkpoint = out / "config.json", out / "checkpoint/state.pt"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if saved.is_file() and checkpoint.is_file():
         theirs, ours = json.loads(saved.read_text())["config"], dataclasses.asdict(config)
-        different = sorted(name for name in ours if name not in FREE_ON_RESUME and theirs.get(name) != ours[name])
-        if different:
-            raise UserError(f"{out} belongs to a run with other settings ({different[0]}: {theirs.get(different[0])}, "
-                            f"now {ours[different[0]]}); name another folder with --out")
+        for name in ours.keys() - FREE_ON_RESUME:
+            if theirs.get(name) != ours[name]:
+                raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs.get(name)}, now "
+                                f"{ours[name]}); name another folder with --out")
         if not config.resume:
-            raise UserError(f"{out} already holds this run; --resume goes on with it, --out or --seed begins another")
+            raise UserError(f"{out} already holds this run; go on with --resume, or begin another with --out")
         try:
             return torch.load(checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"the checkpoint {checkpoint} cannot be read ({type(error).__name__}); delete the folder "
-                            "and begin again") from None
+            raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); delete it and begin again") from None
     if config.resume:
         raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
     if out.is_dir() and not saved.is_file() and any(out.iterdir()):
@@ -1089,8 +1103,9 @@ def describe_run(config: Config, reward: Reward) -> dict:
     git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
                          capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"config": dataclasses.asdict(config), "scorer": reward.title, "command": sys.argv, "seed": config.seed,
-            "git_commit": git.stdout.strip() or None, "python": sys.version.split()[0], "versions": versions, "gpu": gpu}
+    return {"config": dataclasses.asdict(config), "scorer": reward.title, "command": sys.argv,
+            "seed": config.seed, "git_commit": git.stdout.strip() or None, "gpu": gpu,
+            "versions": {"python": sys.version.split()[0], **versions}}
 
 
 def to_bytes(save: Callable) -> bytes:
@@ -1100,25 +1115,21 @@ def to_bytes(save: Callable) -> bytes:
     return buffer.getvalue()
 
 
-def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int, config: Config) -> None:
-    """Everything that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
+def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int,
+                    config: Config) -> None:
+    """All that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
     out = Path(config.out)
-    lora = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(base.net).items()}
+    lora = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(base.net).items()}
     state = {"epoch": epoch, "lora": lora, "optimizer": optimizer.state_dict(), "rows": rows}
     write_atomic(out / "checkpoint/state.pt", to_bytes(lambda file: torch.save(state, file)))
     write_atomic(out / "lora/adapter_model.safetensors", save(lora))
     about = {key: sorted(value) if isinstance(value, set) else value
              for key, value in base.net.peft_config["default"].to_dict().items()}
-    write_atomic(out / "lora/adapter_config.json", json.dumps(about | {"inference_mode": True}, indent=1, default=str))
-    write_log(out / "log.csv", rows)
-
-
-def write_log(path: Path, rows: list[dict]) -> None:
-    """One line per update."""
+    write_atomic(out / "lora/adapter_config.json", json.dumps(about, indent=1, default=str))
     lines = [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
-    write_atomic(path, "\n".join(lines) + "\n")
+    write_atomic(out / "log.csv", "\n".join(lines) + "\n")
 
 
 def train(config: Config) -> dict:
@@ -1131,7 +1142,7 @@ def train(config: Config) -> dict:
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     base = load_base(config, config.device)
     reward = load_reward(config.reward, base, config.device, config.scorer)
-    base.encode(prompts + test_prompts)  # a word the base does not know is found before any work
+    base.encode(prompts + test_prompts)                         # an unknown word is found before any work
     null = base.encode([""])
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
@@ -1155,7 +1166,8 @@ def train(config: Config) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         rows, first = state["rows"], state["epoch"]
 
-    updates = tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning", disable=quiet)
+    updates = tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
+                   disable=quiet)
     for epoch in range(first, config.epochs):
         begun = time.perf_counter()
         for row in train_epoch(base, reward, schedule, prompts, null, optimizer, config, epoch, rank, world):
@@ -1177,16 +1189,17 @@ def train(config: Config) -> dict:
     return summary
 
 
-def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, world: int, state: dict | None) -> None:
+def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, world: int,
+               state: dict | None) -> None:
     """Say what is going to happen, before it does."""
     picked = max(1, int(config.steps * config.fraction))
     objects = config.batch_size * world
     print(f"base      {config.base} on {config.device}" + (f", {world} processes" if world > 1 else ""))
     print(f"reward    {reward.title}")
-    print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples {objects} objects in "
-          f"{config.steps} steps and trains {objects} x {picked} = {objects * picked} transitions,\n"
-          f"          each judged in {config.views} views of {config.view_size} x {config.view_size} pixels")
-    print(f"prompts   {prompts} to train on, {test_prompts} unseen ones x {config.samples_per_prompt} objects to measure")
+    print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples {objects} "
+          f"objects in {config.steps} steps and trains\n          {objects} x {picked} = {objects * picked} "
+          f"transitions, each judged in {config.views} views of {config.view_size} x {config.view_size} pixels")
+    print(f"prompts   {prompts} to train on; {test_prompts} unseen ones x {config.samples_per_prompt} to measure")
     print(f"results   {config.out}/" + (f" (going on after epoch {state['epoch']})" if state else ""))
     if config.base == "shapes" and config.device.startswith("cuda"):
         print("          a GPU is here: the paper's own base is --base diffsplat-pixart")
@@ -1211,9 +1224,9 @@ class Measurement(NamedTuple):
 
 
 @torch.no_grad()
-def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], config: Config, seed: int,
-            label: str) -> Measurement:
-    """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed draws the same noise."""
+def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], config: Config,
+            seed: int, label: str) -> Measurement:
+    """Sample every prompt `samples_per_prompt` times, judge the objects. The same seed draws the same noise."""
     from tqdm import tqdm
     P, S = len(prompts), config.samples_per_prompt
     every = [n for n in range(P) for _ in range(S)]
@@ -1227,10 +1240,12 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
 
         for number, rows in enumerate(chunks):
             named = [prompts[n] for n in rows]
-            x0 = rollout(base, schedule, base.encode(named), null, config.guidance, seeded(seed, number), count).x[:, -1]
-            pictures = render(base.decode(x0), *input_cameras(len(rows)), config.eval_size, kernel_backend(config))
+            cond, generator = base.encode(named), seeded(seed, number)
+            x0 = rollout(base, schedule, cond, null, config.guidance, generator, count).x[:, -1]
+            cameras = input_cameras(len(rows))
+            pictures = render(base.decode(x0), *cameras, config.eval_size, kernel_backend(config))
             features = base.tower.image(pictures.image.flatten(0, 1)).unflatten(0, pictures.image.shape[:2])
-            similar = features.mean(1) @ texts.T  # (rows, P)
+            similar = features.mean(1) @ texts.T                                                    # (rows, P)
             own = torch.tensor(rows, device=similar.device)
             parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
                           (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)), features, x0))
@@ -1248,7 +1263,7 @@ def saved_measurement(path: Path, make: Callable[[], Measurement], quiet: bool) 
 
 
 def diversity(features: Tensor) -> Tensor:
-    """(P, S, V, D) -> (P,): mean distance (1 - cosine) between two objects of one prompt, per view, then averaged."""
+    """(P, S, V, D) -> (P,): mean distance (1 - cosine) of two objects of one prompt, per view, then averaged."""
     S = features.shape[1]
     cosine = torch.einsum("psvd,ptvd->pvst", features, features)
     return 1 - (cosine.sum((-2, -1)) - S).mean(1) / max(S * (S - 1), 1)
@@ -1264,7 +1279,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
 def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
     """Each metric before and after, its change, and the 95% interval of the change: a bootstrap over prompts.
 
-    fid_to_base compares with a second draw of the base (`reference`), so that "before" is the noise floor, not 0.
+    fid_to_base compares with a second draw of the base (`reference`): "before" is the noise floor, not 0.
     """
     P, generator = len(before.reward), seeded(0)
     draws = torch.randint(P, (1000, P), generator=generator)
@@ -1277,7 +1292,8 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
 
     result = {}
     for name in ("reward", "alignment", "retrieved", "coverage", "diversity"):
-        old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1) for m in (before, after))
+        old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1)
+                    for m in (before, after))
         result[name] = entry(old.mean(), new.mean(), (new - old)[draws].mean(1))
 
     def fid(measured: Measurement, rows: Tensor) -> Tensor:
@@ -1298,13 +1314,14 @@ def print_summary(summary: dict, config: Config) -> None:
     print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval of the change")
     for name, title in METRICS.items():
         row = summary[name]
-        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {row['ci95'][0]:+.3f} .. {row['ci95'][1]:+.3f}")
+        low, high = row["ci95"]
+        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:+.3f} .. {high:+.3f}")
     print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
           f"{summary['seconds']:.0f} seconds in all.")
     if summary["alignment"]["ci95"][1] < 0:
-        print("warning: the objects fit their prompts less well than before; try a smaller --beta or fewer --epochs")
+        print("warning: the objects fit their prompts less than before; try a smaller --beta or fewer --epochs")
     if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
-        print("warning: the objects' size changed by more than a tenth; try a smaller --beta or fewer --epochs")
+        print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")
     print(f"open {Path(config.out, 'report.html')}, or make new objects: "
           f"python r2d3.py sample --prompts \"{load_prompts(config.test_prompts)[0]}\" --run {config.out}")
 
@@ -1326,7 +1343,8 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
     B, pictures = len(gaussians.means), []
     for azimuth in range(0, 360, 360 // frames):
         c2w = orbit(20.0, float(azimuth)).expand(B, 1, 4, 4)
-        pictures.append(picture_rows(render(gaussians, c2w, intrinsics(B, 1), size, backend).image.transpose(0, 1)))
+        views = render(gaussians, c2w, intrinsics(B, 1), size, backend).image                       # (B, 1, 3, H, W)
+        pictures.append(picture_rows(views.transpose(0, 1)))
     return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
                                                   duration=80, loop=0))
 
