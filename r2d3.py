@@ -44,6 +44,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -1333,6 +1334,22 @@ def picture_rows(images: Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray((flat * 255).round().byte().numpy())
 
 
+def labelled(images: Tensor, captions: list[str], columns: int) -> PIL.Image.Image:
+    """(n, 3, H, W) in [0, 1], each with its caption below, in rows of `columns`."""
+    from PIL import ImageDraw
+    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
+    strip = images.new_ones(len(images) + len(blank), 3, 28, images.shape[-1])
+    grid = torch.cat([torch.cat([images, blank]), strip], 2)
+    picture = picture_rows(grid.unflatten(0, (-1, columns)))
+    draw, (height, width) = ImageDraw.Draw(picture), grid.shape[2:]
+    for n, caption in enumerate(captions):
+        words = caption.split()
+        lines = " ".join(words[:(len(words) + 1) // 2]) + "\n" + " ".join(words[(len(words) + 1) // 2:])
+        place = (n % columns * width + width // 2, (n // columns + 1) * height - 28)
+        draw.multiline_text(place, lines, fill="black", anchor="ma", align="center", spacing=1, font_size=10)
+    return picture
+
+
 def png(picture: PIL.Image.Image) -> bytes:
     return to_bytes(lambda file: picture.save(file, "PNG"))
 
@@ -1363,16 +1380,8 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
             grids[name] = render(objects[name], c2w, fxfycxcy, 128, backend).image.cpu()  # (12, 1, 3, 128, 128)
         write_atomic(out / f"samples/{name}.png", png(picture_rows(grids[name].unflatten(0, (-1, min(6, len(shown))))[:, :, 0])
                                                       if len(shown) % 6 == 0 else picture_rows(grids[name].transpose(0, 1))))
-    both = picture_rows(torch.cat([grids["before"], grids["after"]], 1).transpose(0, 1))              # 2 rows
-    labelled = PIL.Image.new("RGB", (both.width, both.height + 28), "white")
-    labelled.paste(both, (0, 0))
-    draw = ImageDraw.Draw(labelled)
-    for column, n in enumerate(shown):
-        words = prompts[n].split()
-        half = (len(words) + 1) // 2
-        draw.multiline_text((128 * column + 64, both.height + 1), " ".join(words[:half]) + "\n" + " ".join(words[half:]),
-                            fill="black", anchor="ma", align="center", spacing=1, font_size=10)
-    write_atomic(out / "samples/before_after.png", png(labelled))
+    both = torch.cat([grids["before"], grids["after"]], 3)[:, 0]                 # one above the other
+    write_atomic(out / "samples/before_after.png", png(labelled(both, [prompts[n] for n in shown], len(shown))))
     pair = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(objects["before"], objects["after"])))
     write_atomic(out / "samples/turntable.gif", turntable(pair, backend=backend))
     write_atomic(out / "curves.png", curves(rows))

@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ SCALE_RANGE, DEPTH_SCALE = (0.002, 0.05), 0.5
 HUES = {"red": 0, "orange": 27, "yellow": 53, "green": 120, "cyan": 182, "blue": 224, "purple": 278, "gray": None}
 SHAPES = ["sphere", "cube", "cylinder", "cone", "ring", "pill", "cross", "diamond"]
 SIZES = {"": 0.26, "small": 0.19, "big": 0.33}
-VOCAB = ["a", "small", "big", "on", *HUES, *SHAPES]
+VOCAB = ["a", "an", "small", "big", "on", *HUES, *SHAPES]
 MAX_LENGTH = 9                              # "a small red cube on a big blue ring"
 LIGHT = F.normalize(torch.tensor([0.3, 0.9, 0.4]), dim=0)
 
@@ -50,7 +51,8 @@ SIZE_NAMES = list(SIZES)
 
 def caption(parts: list[tuple[str, str, str]]) -> str:
     """[(size, color, shape), ...], the top object first."""
-    return " on ".join(" ".join(word for word in ("a", *part) if word) for part in parts)
+    named = [" ".join(word for word in part if word) for part in parts]
+    return " on ".join(f"{'an' if name[0] == 'o' else 'a'} {name}" for name in named)
 
 
 def unseen_pair(top: tuple, bottom: tuple) -> bool:
@@ -321,7 +323,7 @@ class Stage:
                  "optimizer": self.optimizer.state_dict(), "seconds": self.seconds}
         r2d3.write_atomic(self.path, r2d3.to_bytes(lambda file: torch.save(state, file)))
 
-    def run(self, loss_of: "callable") -> None:
+    def run(self, loss_of: Callable) -> None:
         """Train to the end: loss_of(rng, generator) -> loss. Warm-up, then constant, then down over the last third."""
         saved = begun = time.time()
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
@@ -365,11 +367,12 @@ def reconstruction_loss(out: Tensor, grid: Tensor) -> Tensor:
     return ((out - grid).abs() * weight * CHANNEL_WEIGHTS).mean()
 
 
-def train_autoencoder(work: Path, data: dict, steps: int) -> torch.nn.Module:
+def train_autoencoder(work: Path, make: Callable, steps: int) -> torch.nn.Module:
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE)
     stage = Stage(work, "ae", vae, steps, 1.5e-3, ema=0.999)
+    data = make() if stage.step < steps else None
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
         grids, _ = draw_scenes(data, rng.choices(range(len(data["scenes"])), k=8), rng, True)
@@ -384,15 +387,259 @@ def train_autoencoder(work: Path, data: dict, steps: int) -> torch.nn.Module:
     return vae
 
 
+# ---- Judges: what the objects are called, and how their surfaces lie ------------------------------------------------
+
+
+def reconstruct(vae: torch.nn.Module, grids: Tensor) -> Tensor:
+    """Grids (n, 4, 12, 32, 32) through the autoencoder and back."""
+    return vae.decode(vae.encode(grids.flatten(0, 1)).latent_dist.mode()).sample.clamp(-1, 1).unflatten(0, (-1, 4))
+
+
+def splats(grids: Tensor) -> r2d3.Gaussians:
+    return r2d3.splat_grid_to_gaussians(grids, *r2d3.input_cameras(len(grids)), SCALE_RANGE, DEPTH_SCALE)
+
+
+@torch.no_grad()
+def make_pictures(work: Path, make: Callable, vae: torch.nn.Module, times: int) -> dict:
+    """Every scene `times` times in new colours, from a camera the reward could draw; every other one as decoded."""
+    path = work / "pictures.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=False)
+    data, rng, generator = make(), random.Random("pictures"), r2d3.seeded(2)
+    images, normals, every = [], [], []
+    order = [n for _ in range(times) for n in rng.sample(range(len(data["scenes"])), len(data["scenes"]))]
+    for start in tqdm(range(0, len(order), 32), desc="pictures"):
+        grids, parts = draw_scenes(data, order[start:start + 32], rng, None)
+        if start // 32 % 2:
+            grids = reconstruct(vae, grids)
+        cameras = r2d3.sample_cameras(len(grids), 1, 20.0, 360.0, generator)
+        out = r2d3.render(splats(grids), *cameras, 64)
+        images.append((out.image[:, 0].clamp(0, 1) * 255).round().byte())
+        normals.append((out.normal * (out.alpha > 0.5) * 127)[:, 0].round().char())
+        every += parts
+    pictures = {"images": torch.cat(images), "normals": torch.cat(normals), "parts": every}
+    r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(pictures, file)))
+    return pictures
+
+
+def renamed(parts: list, slot: int, color: str, shape: str) -> str:
+    """The caption with another colour and shape in one place."""
+    return caption([(part[0], color, shape) if n == slot else part for n, part in enumerate(parts)])
+
+
+def train_tower(work: Path, pictures: dict, steps: int) -> r2d3.ImageTextTower:
+    """Contrastive: every picture finds its caption in the batch's, and among its own with one word changed."""
+    torch.manual_seed(1)
+    tower = r2d3.ImageTextTower(VOCAB, MAX_LENGTH)
+    stage = Stage(work, "tower", tower, steps, 2e-3, ema=0.998)
+
+    def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
+        rows = rng.choices(range(len(pictures["parts"])), k=64)
+        captions, candidates = [], []
+        for row in rows:
+            parts = pictures["parts"][row]
+            slot = rng.randrange(len(parts))
+            _, color, shape = parts[slot]
+            wrong = [renamed(parts, slot, other, shape) for other in HUES if other != color]
+            wrong += [renamed(parts, slot, color, other) for other in SHAPES if other != shape]
+            captions.append(caption(parts))
+            candidates += [caption(parts), *wrong]
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.step < 0.8 * steps):
+            images = pictures["images"][rows].float() / 255
+            seen = tower.image(images + 0.01 * torch.randn(images.shape, generator=generator)).float()
+            words = tower.text(captions + candidates).float()
+        scale = tower.logit_scale.exp().clamp(max=50)
+        hard = torch.einsum("nd,nkd->nk", seen, words[len(rows):].unflatten(0, (len(rows), -1))) * scale
+        every = seen @ words[:len(rows)].T * scale
+        same = torch.tensor([[a == b for b in captions] for a in captions])
+        every = every.masked_fill(same & ~torch.eye(len(rows), dtype=torch.bool), -1e4)
+        own = torch.arange(len(rows))
+        return (F.cross_entropy(hard, 0 * own) + F.cross_entropy(every, own) + F.cross_entropy(every.T, own)) / 3
+
+    stage.run(loss_of)
+    return tower
+
+
+def train_normals(work: Path, pictures: dict, steps: int) -> r2d3.NormalEstimator:
+    """Cosine loss on the object's pixels."""
+    torch.manual_seed(2)
+    estimator = r2d3.NormalEstimator()
+    stage = Stage(work, "normal", estimator, steps, 2e-3, ema=0.998)
+
+    def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
+        rows = rng.choices(range(len(pictures["parts"])), k=16)
+        images, normals = pictures["images"][rows].float() / 255, pictures["normals"][rows].float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.step < 0.8 * steps):
+            estimate = estimator(images + 0.01 * torch.randn(images.shape, generator=generator))
+        inside = normals.norm(dim=1) > 60
+        return 1 - ((estimate.float() * F.normalize(normals, dim=1)).sum(1) * inside).sum() / inside.sum()
+
+    stage.run(loss_of)
+    return estimator
+
+
+@torch.no_grad()
+def named_right(tower: r2d3.ImageTextTower, pictures: Tensor, every: list) -> float:
+    """Share of objects whose colour and shape are the tower's first choice of all 64. pictures (n, V, 3, H, W)."""
+    seen = tower.image(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1)
+    right = []
+    for vector, parts in zip(seen, every):
+        for slot, part in enumerate(parts):
+            words = tower.text([renamed(parts, slot, color, shape) for color in HUES for shape in SHAPES])
+            right.append((words @ vector).argmax().item() == list(HUES).index(part[1]) * 8 + SHAPES.index(part[2]))
+    return sum(right) / len(right)
+
+
+# ---- Denoiser ------------------------------------------------------------------------------------------------------
+
+NET = {"sample_size": 8, "patch_size": 2, "in_channels": 14, "out_channels": 8, "num_layers": 6,
+       "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128, "caption_channels": 64,
+       "interpolation_scale": 1, "use_additional_conditions": False}
+
+
+@torch.no_grad()
+def make_latents(work: Path, make: Callable, vae: torch.nn.Module, times: int) -> dict:
+    """Latents (n, 4, 8, 8, 8) and captions of every scene in `times` colourings, training combinations only."""
+    path = work / "latents.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=False)
+    data, rng, latents, captions = make(), random.Random("latents"), [], []
+    for _ in range(times):
+        for start in tqdm(range(0, len(data["scenes"]), 32), desc="latents"):
+            grids, parts = draw_scenes(data, list(range(start, min(start + 32, len(data["scenes"])))), rng, True)
+            latents.append(vae.encode(grids.flatten(0, 1)).latent_dist.mode().unflatten(0, (-1, 4)).half())
+            captions += [caption(p) for p in parts]
+    out = {"latents": torch.cat(latents), "captions": captions}
+    r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(out, file)))
+    return out
+
+
+def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor, guidance: float) -> tuple[r2d3.DiffSplat, torch.nn.Module]:
+    """An untrained `shapes`, and the module that holds what is to be trained: network and words."""
+    from diffusers import PixArtTransformer2DModel
+    torch.manual_seed(3)
+    net, text = PixArtTransformer2DModel(**NET), r2d3.WordTable(VOCAB, NET["caption_channels"], MAX_LENGTH)
+    torch.nn.init.zeros_(net.proj_out.weight)
+    torch.nn.init.zeros_(net.proj_out.bias)
+    torch.nn.init.normal_(net.adaln_single.linear.weight, std=0.02)
+    base = r2d3.DiffSplat(net, vae, text, image_size=GRID, prediction_type="v_prediction", guidance=guidance,
+                          latent_mean=mean, latent_std=std, betas={}, scale_range=SCALE_RANGE,
+                          depth_scale=DEPTH_SCALE, half_image_shift=False, device="cpu")
+    return base, torch.nn.ModuleDict({"net": net.requires_grad_(True), "text": text})
+
+
+def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, guidance: float) -> tuple:
+    every = latents["latents"].float()
+    mean, std = every.mean((0, 1, 3, 4)), every.std((0, 1, 3, 4))
+    base, module = new_base(vae, mean, std, guidance)
+    stage = Stage(work, "denoiser", module, steps, 1.2e-3, ema=0.9995)
+    batch = 16
+
+    def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
+        rows = rng.choices(range(len(every)), k=batch)
+        x0 = (every[rows] - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        t = (1000 * (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).long()      # stratified
+        noise = torch.randn(x0.shape, generator=generator)
+        alpha = r2d3.per_sample(base.alpha_by_t[t], x0)
+        x = alpha * x0 + (1 - alpha ** 2).sqrt() * noise
+        cond = base.encode(["" if rng.random() < 0.1 else latents["captions"][row] for row in rows])
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.step < 0.8 * steps):
+            eps = base.predict(x, t, cond)
+        return ((eps - noise) / alpha).square().mean()              # = the squared error of v
+
+    stage.run(loss_of)
+    return base, module, stage.seconds
+
+
+# ---- Quality: measured, drawn, written into the file ----------------------------------------------------------------
+
+
+def parse_caption(text: str) -> list[tuple[str, str, str]]:
+    """The inverse of caption()."""
+    words = [part.split()[1:] for part in text.split(" on ")]
+    return [(part[0] if len(part) == 3 else "", *part[-2:]) for part in words]
+
+
+@torch.no_grad()
+def sample_pictures(base: r2d3.DiffSplat, prompts: list[str], guidance: float, steps: int = 20) -> Tensor:
+    """(n, 4, 3, 64, 64)"""
+    schedule, pictures = r2d3.NoiseSchedule.from_diffusers("dpm", steps), []
+    for start in tqdm(range(0, len(prompts), 60), desc=f"sampling, guidance {guidance}"):
+        cond = base.encode(prompts[start:start + 60])
+        x0 = r2d3.rollout(base, schedule, cond, base.encode([""]), guidance, r2d3.seeded(4, start)).x[:, -1]
+        pictures.append(r2d3.render(base.decode(x0), *r2d3.input_cameras(len(x0)), 64).image)
+    return torch.cat(pictures)
+
+
+@torch.no_grad()
+def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str]) -> dict:
+    """What is claimed of the base, on scenes and combinations that training has not seen."""
+    grids, parts = draw_scenes(held_out, list(range(len(held_out["scenes"]))), random.Random("held out"), None)
+    again = reconstruct(base.vae, grids)
+    error, inside = (again - grids).abs(), (grids[:, :, 10:11] > 0).float()
+    mean_error = {name: ((error[:, :, a:b] * inside).sum() / inside.sum() / (b - a)).item() for name, a, b in
+                  (("rgb", 0, 3), ("scale", 3, 6), ("rotation", 6, 10), ("opacity", 10, 11), ("depth", 11, 12))}
+    true = r2d3.render(splats(grids), *r2d3.input_cameras(len(grids)), 64)
+    estimate = base.normals(true.image.flatten(0, 1)).unflatten(0, true.image.shape[:2])
+    mask = (true.alpha > 0.5)[:, :, 0]
+    cosine = (estimate * true.normal).sum(2)[mask].clamp(-1, 1)
+    named = {str(guidance): named_right(base.tower, sample_pictures(base, prompts, guidance),
+                                        [parse_caption(prompt) for prompt in prompts]) for guidance in (1.0, 2.0, 3.0)}
+    return {"autoencoder_error_on_objects": mean_error,
+            "named_right_true_pictures": named_right(base.tower, true.image, parts),
+            "named_right_decoded": named_right(base.tower, r2d3.render(
+                splats(again), *r2d3.input_cameras(len(grids)), 64).image, parts),
+            "named_right_samples_by_guidance": named, "samples": len(prompts),
+            "normal_error_degrees": cosine.arccos().rad2deg().mean().item()}
+
+
+def write_asset(path: Path, base: r2d3.DiffSplat, text: torch.nn.Module, quality: dict) -> None:
+    from safetensors.torch import save
+    parts = {"net": base.net, "vae": base.vae, "text": text, "tower": base.tower, "normal": base.normals}
+    state = {f"{name}.{key}": value.half().contiguous() for name, part in parts.items()
+             for key, value in part.state_dict().items()}
+    state |= {"latent_mean": base.latent_mean.flatten(), "latent_std": base.latent_std.flatten()}
+    about = {"net": NET, "vae": VAE, "vocab": VOCAB, "max_length": MAX_LENGTH, "prediction_type": "v_prediction",
+             "guidance": base.guidance, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE, "tower": {}, "normal": {}}
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    r2d3.write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),
+                                         "source": f"assets/make_shapes.py at commit {commit}"}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs/make_shapes", help="where the stages leave their results")
     parser.add_argument("--out", type=Path, default=ROOT / "assets/shapes.safetensors", help="the file to make")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: tests the script, not the model")
+    parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this stage")
     args = parser.parse_args()
-    size = {"data": 48, "ae": 4} if args.quick else {"data": 3600, "ae": 12000}
-    data = make_data(args.work, size["data"], 0)
-    vae = train_autoencoder(args.work, data, size["ae"])
+    size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
+             "samples": 1, "prompts": 4} if args.quick else
+            {"data": 3600, "held_out": 200, "ae": 12000, "pictures": 4, "tower": 4000, "normal": 2500, "latents": 8,
+             "denoiser": 25000, "samples": 4, "prompts": 60})
+    write_prompts()
+    vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"])
+    if args.until == "ae":
+        return
+    if args.until != "denoiser":
+        pictures = make_pictures(args.work, lambda: make_data(args.work, size["data"], 0), vae, size["pictures"])
+        tower = train_tower(args.work, pictures, size["tower"])
+        normals = train_normals(args.work, pictures, size["normal"])
+    if args.until == "judges":
+        return
+    latents = make_latents(args.work, lambda: make_data(args.work, size["data"], 0), vae, size["latents"])
+    base, module, seconds = train_denoiser(args.work, latents, vae, size["denoiser"], guidance=2.0)
+    if args.until == "denoiser":
+        return
+    base.tower, base.normals = tower, normals
+    prompts = r2d3.load_prompts(str(ROOT / "prompts/shapes_test.txt"))[:size["prompts"]]
+    quality = measure_quality(base, make_data(args.work, size["held_out"], 1),
+                              [prompt for prompt in prompts for _ in range(size["samples"])])
+    write_asset(args.out, base, module["text"], quality)
+    pictures = sample_pictures(base, prompts, base.guidance)[:, 0]
+    r2d3.write_atomic(args.out.with_suffix(".png"), r2d3.png(r2d3.labelled(pictures, prompts, columns=10)))
+    print(json.dumps(quality, indent=1))
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
