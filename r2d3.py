@@ -47,6 +47,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,17 +61,17 @@ from kernels import Render, gradient_matching, rasterize
 
 # -----------------------------------------------------------------------------------------------------------
 # 1. Constants and words
-# Letters in shape comments: B objects, V views, N Gaussians per object, M transitions in a micro-batch,
-# T sampler steps, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's
+# Letters in shapes: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T steps of
+# the sampler, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's
 # grid: step i goes from grid point i (noise level t) to grid point i + 1 (level s).
 # -----------------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-FXFY = 1422.222 / 1024  # focal length in image widths, field of view 39.6 degrees (DiffSplat's Objaverse renders)
+FXFY = 1422.222 / 1024     # focal length in image widths: a field of view of 39.6 degrees (DiffSplat)
 RADIUS = 1.4               # distance of the cameras from the origin (DiffSplat)
 ELEVATION = 10.0           # degrees above the horizon (DiffSplat)
 IMAGE_NOISE = 2e-3         # Gaussian noise on images before the reward (Nabla-R2D3's released code)
-SH_C0 = 0.28209479177387814  # zeroth spherical harmonic, 1 / (2 sqrt(pi)): .ply files store (colour - 0.5) / SH_C0
+SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
 
 
 class UserError(ValueError):
@@ -151,7 +152,7 @@ class Config:
     time_weight: Literal["squared", "linear", "none"] = "squared"
     """Weight w(s) of the reward by noise level: alpha_s^2 (paper), alpha_s, or 1."""
     jacobian: bool = True
-    """Let the reward gradient (E7) run through the network (paper); else the prediction counts as constant."""
+    """Let the reward gradient (E7) run through the network (paper); else its output counts as constant."""
     clip_reward_grad: float | None = None
     """Clip the L2 norm of each object's reward gradient to this. None: off (paper)."""
 
@@ -215,8 +216,8 @@ def resolve(config: Config) -> Config:
 
 # -----------------------------------------------------------------------------------------------------------
 # 3. Cameras
-# World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras: OpenCV axes (x right, y down, z forward), matrices
-# are camera-to-world, intrinsics fx fy cx cy are divided by the image size.
+# World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras: OpenCV axes (x right, y down, z forward),
+# matrices are camera-to-world, intrinsics fx fy cx cy are divided by the image size.
 # Needs: nothing. Follows: DiffSplat's src/utils/geo_util.py, checked against its recorded output.
 # -----------------------------------------------------------------------------------------------------------
 
@@ -253,13 +254,13 @@ def sample_cameras(num_objects: int, views: int, elevation_range: float, azimuth
                    generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The views of the reward: evenly spaced azimuths, one random offset and elevation per object.
 
-    Ranges are full widths in degrees, centred on azimuth offset 0 and on ELEVATION. With fewer than four views
-    the first one starts at a random quarter turn, so that every side is seen in turn.
+    Ranges are full widths in degrees, centred on azimuth offset 0 and on ELEVATION. With fewer than four
+    views the first one starts at a random quarter turn, so that every side is seen in turn.
     Returns c2w (B, V, 4, 4), fxfycxcy (B, V, 4).
     """
     u = torch.rand(num_objects, 2, generator=generator) - 0.5
     quarter = torch.randint(4, (num_objects, 1), generator=generator) if views < 4 else 0
-    azimuth = 360 / views * torch.arange(views) + 90 * quarter + azimuth_range * u[:, :1]           # (B, V)
+    azimuth = 360 / views * torch.arange(views) + 90 * quarter + azimuth_range * u[:, :1]  # (B, V)
     return orbit(ELEVATION + elevation_range * u[:, 1:], azimuth), intrinsics(num_objects, views)
 
 
@@ -307,7 +308,7 @@ def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
 
     grid (B, V, 12, H, W): colour 0:3, scale 3:6 (+1 is the smallest of `scale_range`), rotation 6:10 wxyz in
     world space, opacity 10, z-depth 11 relative to the camera's distance from the origin in units of
-    `depth_scale`. Pixel (i, j) stands for the ray through (j / (W - 1), i / (H - 1)) of the image, as published.
+    `depth_scale`. Pixel (i, j) is the ray through (j / (W - 1), i / (H - 1)) of the image, as published.
     Returns N = V H W splats per object.
     """
     B, V, _, H, W = grid.shape
@@ -379,22 +380,22 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 class NoiseSchedule:
     """Noise levels of a sampler with T steps: timesteps (T,), alpha (T + 1,), sigma (T + 1,).
 
-    First-order SDE-DPM-Solver++ and DDIM with eta = 1 are the same transition on different grids. Every method
-    takes a grid point i: an int, or one per sample as a LongTensor (M,). Tables are float64, on the CPU.
+    First-order SDE-DPM-Solver++ and DDIM with eta = 1 are the same transition on different grids. Every
+    method takes a grid point i: an int, or one per sample as a LongTensor (M,). Tables: float64, CPU.
     """
 
     def __init__(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor):
         self.timesteps = timesteps.long().cpu()
         self.alpha, self.sigma = alpha.double().cpu(), sigma.double().cpu()
         if not len(alpha) == len(sigma) == len(timesteps) + 1:
-            raise ValueError(f"want T timesteps, T + 1 levels; got {len(timesteps)}, {len(alpha)}, {len(sigma)}")
+            raise ValueError(f"want T timesteps and T + 1 levels; got {len(timesteps)} and {len(alpha)}")
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @classmethod
     def from_diffusers(cls, sampler: str, steps: int, **betas) -> NoiseSchedule:
-        """The grid of "dpm" (sde-dpmsolver++ of order 1, as in Nabla-R2D3) or "ddim", with diffusers' numbers.
+        """The grid of "dpm" (sde-dpmsolver++ of order 1, Nabla-R2D3's) or "ddim", with diffusers' numbers.
 
         Both end at the smallest noise level instead of at 0, so that the last step is a Gaussian too.
         """
@@ -482,18 +483,18 @@ def join_views(net: nn.Module, views: int) -> None:
 
 
 class DiffSplat:
-    """DiffSplat: latents of splat grids in four views, denoised by an image network that sees all of them at once.
+    """DiffSplat: latents of splat grids in four views, denoised by an image network that sees all at once.
 
-    `net` predicts from [latent, Pluecker rays] of the four input cameras; `vae` has 12 channels, one splat grid
-    per view. `shapes` is this class with small weights. Follows chenguolin/DiffSplat (checked on its output).
+    `net` predicts from [latent, Pluecker rays] of the four input cameras; `vae` has 12 channels, one splat
+    grid per view. `shapes` is this class with small weights. Follows chenguolin/DiffSplat.
     """
 
     views = 4
 
     def __init__(self, net: nn.Module, vae: nn.Module, encode: Callable[[list[str]], Cond], *,
-                 image_size: int, prediction_type: str, guidance: float, latent_mean: Tensor, latent_std: Tensor,
-                 betas: dict, scale_range: tuple[float, float], depth_scale: float, half_image_shift: bool,
-                 device: torch.device | str):
+                 image_size: int, prediction_type: str, guidance: float, latent_mean: Tensor,
+                 latent_std: Tensor, betas: dict, scale_range: tuple[float, float], depth_scale: float,
+                 half_image_shift: bool, device: torch.device | str):
         self.device = torch.device(device)
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
@@ -519,7 +520,7 @@ class DiffSplat:
         rows = torch.cat([x, self.plucker.expand(B, -1, -1, -1, -1)], 2).flatten(0, 1).to(dtype)
         embeds = cond.embeds.to(self.device, dtype).repeat_interleave(V, 0)  # ((b v), L, D)
         mask = None if cond.mask is None else cond.mask.to(self.device).repeat_interleave(V, 0)
-        extra = {"resolution": None, "aspect_ratio": None}      # size conditions that PixArt-Sigma does not use
+        extra = {"resolution": None, "aspect_ratio": None}      # sizes, which PixArt-Sigma does not use
         out = self.net(rows, encoder_hidden_states=embeds, timestep=t.repeat_interleave(V), return_dict=False,
                        encoder_attention_mask=mask, added_cond_kwargs=extra)[0]
         out = out[:, :C].unflatten(0, (B, V)).float()           # PixArt's second half is an unused variance
@@ -567,7 +568,7 @@ class WordTable(nn.Module):
 
 
 class ImageTextTower(nn.Module):
-    """A small CLIP for the world of `shapes`: the cosine of a picture's and a prompt's vector says if they agree."""
+    """A small CLIP for the world of `shapes`: pictures and prompts that agree have vectors of high cosine."""
 
     def __init__(self, vocab: list[str], max_length: int, dim: int = 64, width: int = 32):
         super().__init__()
@@ -604,7 +605,7 @@ class NormalEstimator(nn.Module):
 
         self.down = nn.ModuleList(nn.Sequential(*conv(a, b, stride), *conv(b, b)) for a, b, stride in (
             (3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)))
-        self.up = nn.ModuleList(nn.Sequential(*conv(a, b)) for a, b in ((6 * width, 2 * width), (3 * width, width)))
+        self.up = nn.ModuleList(nn.Sequential(*conv(3 * b, b)) for b in (2 * width, width))
         self.head = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -620,7 +621,7 @@ class NormalEstimator(nn.Module):
 
 
 def load_base(config: Config, device: torch.device | str) -> DiffSplat:
-    """The base that `config.base` names, frozen, on `device`. `shapes` also has its judges: .tower, .normals."""
+    """The base that `config.base` names, frozen, on `device`. `shapes` has judges too: .tower, .normals."""
     from diffusers import AutoencoderKL, PixArtTransformer2DModel
     path = Path(config.weights or HERE / "assets/shapes.safetensors")
     state, about = load_weights(path)
@@ -629,8 +630,8 @@ def load_base(config: Config, device: torch.device | str) -> DiffSplat:
     about = json.loads(about["config"])
 
     def part(name: str, module: nn.Module) -> nn.Module:
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+        own = {key.removeprefix(f"{name}."): value.float() for key, value in state.items()
+               if key.startswith(f"{name}.")}
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
@@ -654,7 +655,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file."""
     from safetensors import SafetensorError, safe_open
     if not path.is_file():
-        raise UserError(f"there are no weights at {path}; `python assets/make_shapes.py` makes those of 'shapes'")
+        raise UserError(f"there are no weights at {path}; python assets/make_shapes.py makes them")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -678,7 +679,7 @@ def load_prompts(spec: str) -> list[str]:
 
 
 def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
-    """A network with a LoRA of scale 1 on its attention, feed-forward and projection layers (the paper's set)."""
+    """The network with a LoRA of scale 1 on attention, feed-forward and projections (the paper's set)."""
     from peft import LoraConfig, get_peft_model
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj",
                "linear", "linear_1", "linear_2"]
@@ -714,7 +715,7 @@ def colorfulness(render: Render, prompts: list[str]) -> Tensor:
 
 
 def depth_to_normals(depth: Tensor) -> Tensor:
-    """Normals of the surface of a z-depth map (..., 1, H, W): (..., 3, H, W), camera space, facing the camera.
+    """Normals of the surface of a z-depth map (..., 1, H, W): (..., 3, H, W), camera space, towards us.
 
     Central differences of the unprojected pixel centres; zero on the border, where there is no neighbour.
     """
@@ -734,7 +735,7 @@ def depth_normal_consistency(render: Render, prompts: list[str]) -> Tensor:
     """
     inside = (render.alpha > 0.5).float()
     cross = inside.new_tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
-    mask = (F.conv2d(inside.flatten(0, 1), cross) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]    # no border
+    mask = (F.conv2d(inside.flatten(0, 1), cross) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]
     cosine = (render.normal * depth_to_normals(render.depth.detach())).sum(2)[..., 1:-1, 1:-1]
     return (cosine * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
 
@@ -751,7 +752,7 @@ class LaionAesthetic(nn.Module):
 
     def __init__(self, visual: nn.Module):
         super().__init__()
-        self.visual = visual                                    # open_clip's image tower: (N, 3, S, S) -> (N, 768)
+        self.visual = visual        # open_clip's image tower: (N, 3, S, S) -> (N, 768)
         sizes = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
         self.layers = nn.Sequential(OrderedDict((name, nn.Linear(*size)) for name, size in sizes.items()))
 
@@ -766,8 +767,8 @@ class LaionAesthetic(nn.Module):
                 torch.hub.download_url_to_file(cls.url, str(path), hash_prefix=cls.sha256)
             clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained="openai")
         except Exception as error:
-            raise UserError(f"--scorer laion needs weights that could not be fetched ({type(error).__name__}); it "
-                            "needs a network once; the embedded scorer (leave --scorer out) does not") from None
+            raise UserError(f"the weights of --scorer laion could not be fetched ({type(error).__name__}); "
+                            "a network is needed once; without --scorer none is") from None
         if hashlib.sha256(path.read_bytes()).hexdigest() != cls.sha256:
             raise UserError(f"{path} is not the published file (wrong checksum); delete it and start again")
         model = cls(clip.visual)
@@ -817,7 +818,7 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
         try:
             weight = float(weight or 1)
         except ValueError:
-            raise UserError(f"the weight in --reward {part} is not a number; write for example dnc=0.3") from None
+            raise UserError(f"the weight in --reward {part} is not a number; write dnc=0.3, say") from None
         terms.append((weight, *load_reward_term(name.strip(), base, device, scorer)))
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
@@ -907,8 +908,8 @@ def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, gu
 def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator) -> list[int]:
     """The steps of one trajectory to train: the last one as `last_step` says, the rest stratified over time.
 
-    The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting at a
-    random quarter, so that every noise level is trained about equally often for any number of steps.
+    The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting
+    at a random quarter, so that every noise level is trained about equally often for any number of steps.
     """
     count = max(1, int(steps * fraction))
     always = [steps - 1] if last_step == "always" else []
@@ -926,8 +927,8 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 #     eps_*       eps_theta, the network with its LoRA        g             gradient of the reward at x_s (E7)
 #     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
 #     eps_old     eps_theta when the rollout was made         weight        beta w(s)
-# Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores is
-# a weighted regression of eps_theta to eps_ref - (beta w / k) g. That is why this page is all there is.
+# Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores
+# is a weighted regression of eps_theta to eps_ref - (beta w / k) g. That is why this page is all there is.
 # Needs: sections 5, 7 and 8, kernels.gradient_matching.
 # -----------------------------------------------------------------------------------------------------------
 
@@ -945,13 +946,13 @@ class Transitions(NamedTuple):
 
 def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
                     config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """g (M, *latent), the gradient with respect to x_s of the reward's mean over views (E7); that mean (M,)."""
+    """g (M, *latent): gradient by x_s of the reward's mean over views (E7); and that mean (M,)."""
     x_s = batch.x_s.detach().requires_grad_()
     s = batch.i + 1
     with contextlib.nullcontext() if config.jacobian else torch.no_grad():
         halves = predict_both(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
         eps = guide(*halves, config.guidance)
-    gaussians = base.decode(schedule.x0(x_s, eps, s))                                               # (E1) at s
+    gaussians = base.decode(schedule.x0(x_s, eps, s))                                       # (E1) at s
     cameras = sample_cameras(len(x_s), config.views, config.elevation_range, config.azimuth_range, generator)
     pictures = render(gaussians, *cameras, config.view_size, kernel_backend(config))
     noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
@@ -973,7 +974,7 @@ def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, nul
     eps_uncond, eps_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
     k = schedule.k(batch.i)
     power = {"squared": 2, "linear": 1, "none": 0}[config.time_weight]
-    weight = config.beta * schedule.alpha[batch.i + 1] ** power                                     # beta w(s)
+    weight = config.beta * schedule.alpha[batch.i + 1] ** power                             # beta w(s)
     if config.matching == "eps":                                # the residual (E6) divided by k
         k, weight = torch.ones_like(k), weight / k
     return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, batch.eps_old, g, guidance,
@@ -987,8 +988,8 @@ def kernel_backend(config: Config) -> str | None:
 
 # -----------------------------------------------------------------------------------------------------------
 # 11. Train
-# One loop. Every epoch draws all its randomness from a generator of its own, seeded by (seed, epoch, process),
-# so a resumed run continues bit for bit without stored random states.
+# One loop. Every epoch draws its randomness from a generator of its own, seeded by (seed, epoch, process), so
+# a resumed run continues bit for bit without stored random states.
 # Several GPUs: torchrun --nproc-per-node N r2d3.py ...
 # Needs: everything above.
 # -----------------------------------------------------------------------------------------------------------
@@ -1001,7 +1002,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def start_processes(config: Config) -> tuple[Config, int, int]:
-    """Join the other processes if torchrun started us. Returns the config with our device, rank, world size."""
+    """Join the other processes if torchrun started us. Returns the config with our device, rank, world."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return config, 0, 1
@@ -1024,15 +1025,16 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
     chosen = [prompts[n] for n in order[:B]]
     cond = base.encode(chosen)
     trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
-    with torch.no_grad():                                       # for the log: what the samples themselves score
+    backend = kernel_backend(config)
+    with torch.no_grad():                   # for the log: what the samples themselves score
         cameras = sample_cameras(B, config.views, config.elevation_range, config.azimuth_range, generator)
-        pictures = render(base.decode(trajectory.x[:, -1]), *cameras, config.view_size, kernel_backend(config))
+        pictures = render(base.decode(trajectory.x[:, -1]), *cameras, config.view_size, backend)
         sampled = {"reward": reward(pictures, chosen).mean().item(), "coverage": pictures.alpha.mean().item()}
 
     guidance = config.guidance if config.branch == "guided" else 1.0
-    eps_old = trajectory.eps_text if guidance == 1 else guide(trajectory.eps_uncond, trajectory.eps_text, guidance)
-    pairs = torch.tensor([(b, i) for b in range(B)
-                          for i in pick_transitions(config.steps, config.fraction, config.last_step, generator)])
+    eps_old = guide(trajectory.eps_uncond if guidance != 1 else None, trajectory.eps_text, guidance)
+    pairs = torch.tensor([(b, i) for b in range(B) for i in
+                          pick_transitions(config.steps, config.fraction, config.last_step, generator)])
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
         totals = torch.zeros(3)
@@ -1043,9 +1045,10 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
             g, score = reward_gradient(base, reward, schedule, batch, null, config, generator)
             match, reg = nabla_loss(base, schedule, batch, null, g, config)
             loss = match + config.lam * reg
-            for name, value in {"reward": score, "reward gradient": g.flatten(1).sum(1), "loss": loss}.items():
+            for name, value in (("reward", score), ("reward gradient", g.flatten(1).sum(1)), ("loss", loss)):
                 if not value.isfinite().all():
-                    stop_diverged(f"{name} at sampler step {i[~value.isfinite().cpu()][0]}", epoch, number, config)
+                    where = f"{name} at sampler step {i[~value.isfinite().cpu()][0]}"
+                    stop_diverged(where, epoch, number, config)
             (loss.sum() / len(share)).backward()
             totals += torch.stack([loss.detach().sum(), match.detach().sum(), reg.detach().sum()]).cpu()
         if world > 1:
@@ -1065,7 +1068,8 @@ def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
     """Say what went wrong and what is left."""
     state = Path(config.out, "checkpoint/state.pt")
     left = f"the last good checkpoint is {state}" if state.is_file() else "there is no checkpoint yet"
-    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; try a smaller --lr or --beta")
+    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; "
+                    "try a smaller --lr or --beta")
 
 
 # What may differ between a run and its continuation; everything else has to be the same.
@@ -1082,14 +1086,14 @@ def open_run(config: Config) -> dict | None:
         theirs, ours = json.loads(saved.read_text())["config"], dataclasses.asdict(config)
         for name in ours.keys() - FREE_ON_RESUME:
             if theirs.get(name) != ours[name]:
-                raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs.get(name)}, now "
-                                f"{ours[name]}); name another folder with --out")
+                raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs.get(name)}, "
+                                f"now {ours[name]}); name another folder with --out")
         if not config.resume:
             raise UserError(f"{out} already holds this run; go on with --resume, or begin another with --out")
         try:
             return torch.load(checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); delete it and begin again") from None
+            raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); delete {out}") from None
     if config.resume:
         raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
     if out.is_dir() and not saved.is_file() and any(out.iterdir()):
@@ -1197,10 +1201,10 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
     objects = config.batch_size * world
     print(f"base      {config.base} on {config.device}" + (f", {world} processes" if world > 1 else ""))
     print(f"reward    {reward.title}")
-    print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples {objects} "
-          f"objects in {config.steps} steps and trains\n          {objects} x {picked} = {objects * picked} "
-          f"transitions, each judged in {config.views} views of {config.view_size} x {config.view_size} pixels")
-    print(f"prompts   {prompts} to train on; {test_prompts} unseen ones x {config.samples_per_prompt} to measure")
+    print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples "
+          f"{objects} objects in {config.steps} steps and trains\n          {objects * picked} "
+          f"transitions, each judged in {config.views} views of {config.view_size} pixels squared")
+    print(f"prompts   {prompts} to train on, {test_prompts} x {config.samples_per_prompt} to measure")
     print(f"results   {config.out}/" + (f" (going on after epoch {state['epoch']})" if state else ""))
     if config.base == "shapes" and config.device.startswith("cuda"):
         print("          a GPU is here: the paper's own base is --base diffsplat-pixart")
@@ -1227,7 +1231,7 @@ class Measurement(NamedTuple):
 @torch.no_grad()
 def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], config: Config,
             seed: int, label: str) -> Measurement:
-    """Sample every prompt `samples_per_prompt` times, judge the objects. The same seed draws the same noise."""
+    """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed, the same noise."""
     from tqdm import tqdm
     P, S = len(prompts), config.samples_per_prompt
     every = [n for n in range(P) for _ in range(S)]
@@ -1246,10 +1250,11 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
             cameras = input_cameras(len(rows))
             pictures = render(base.decode(x0), *cameras, config.eval_size, kernel_backend(config))
             features = base.tower.image(pictures.image.flatten(0, 1)).unflatten(0, pictures.image.shape[:2])
-            similar = features.mean(1) @ texts.T                                                    # (rows, P)
+            similar = features.mean(1) @ texts.T                # (rows, P)
             own = torch.tensor(rows, device=similar.device)
             parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
-                          (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)), features, x0))
+                          (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)),
+                          features, x0))
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
 
 
@@ -1264,7 +1269,7 @@ def saved_measurement(path: Path, make: Callable[[], Measurement], quiet: bool) 
 
 
 def diversity(features: Tensor) -> Tensor:
-    """(P, S, V, D) -> (P,): mean distance (1 - cosine) of two objects of one prompt, per view, then averaged."""
+    """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt, per view, then averaged."""
     S = features.shape[1]
     cosine = torch.einsum("psvd,ptvd->pvst", features, features)
     return 1 - (cosine.sum((-2, -1)) - S).mean(1) / max(S * (S - 1), 1)
@@ -1320,7 +1325,7 @@ def print_summary(summary: dict, config: Config) -> None:
     print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
           f"{summary['seconds']:.0f} seconds in all.")
     if summary["alignment"]["ci95"][1] < 0:
-        print("warning: the objects fit their prompts less than before; try a smaller --beta or fewer --epochs")
+        print("warning: the objects fit their prompts less well; try a smaller --beta or fewer --epochs")
     if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
         print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")
     print(f"open {Path(config.out, 'report.html')}, or make new objects: "
@@ -1360,52 +1365,49 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
     B, pictures = len(gaussians.means), []
     for azimuth in range(0, 360, 360 // frames):
         c2w = orbit(20.0, float(azimuth)).expand(B, 1, 4, 4)
-        views = render(gaussians, c2w, intrinsics(B, 1), size, backend).image                       # (B, 1, 3, H, W)
+        views = render(gaussians, c2w, intrinsics(B, 1), size, backend).image           # (B, 1, 3, H, W)
         pictures.append(picture_rows(views.transpose(0, 1)))
     return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
                                                   duration=80, loop=0))
 
 
-def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after: Measurement, rows: list[dict],
-                 summary: dict, config: Config) -> None:
-    """samples/ (before and after, one over the other), curves.png and report.html, one page that needs no network."""
-    from PIL import ImageDraw
+def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after: Measurement,
+                 rows: list[dict], summary: dict, config: Config) -> None:
+    """samples/, curves.png and report.html: one page with all of it, that needs no network."""
     out, backend = Path(config.out), kernel_backend(config)
-    shown = [round(n * (len(prompts) - 1) / 11) for n in range(12)] if len(prompts) > 12 else list(range(len(prompts)))
-    c2w, fxfycxcy = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
-    grids, objects = {}, {}
-    for name, measured in (("before", before), ("after", after)):
-        with torch.no_grad():
-            objects[name] = base.decode(measured.latents[shown, 0].to(base.device))
-            grids[name] = render(objects[name], c2w, fxfycxcy, 128, backend).image.cpu()  # (12, 1, 3, 128, 128)
-        write_atomic(out / f"samples/{name}.png", png(picture_rows(grids[name].unflatten(0, (-1, min(6, len(shown))))[:, :, 0])
-                                                      if len(shown) % 6 == 0 else picture_rows(grids[name].transpose(0, 1))))
-    both = torch.cat([grids["before"], grids["after"]], 3)[:, 0]                 # one above the other
-    write_atomic(out / "samples/before_after.png", png(labelled(both, [prompts[n] for n in shown], len(shown))))
-    pair = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(objects["before"], objects["after"])))
-    write_atomic(out / "samples/turntable.gif", turntable(pair, backend=backend))
+    shown = [n * len(prompts) // 12 for n in range(12)] if len(prompts) > 12 else [*range(len(prompts))]
+    cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
+    with torch.no_grad():
+        objects = [base.decode(m.latents[shown, 0].to(base.device)) for m in (before, after)]
+        pictures = [render(one, *cameras, 144, backend).image[:, 0].cpu() for one in objects]
+    pairs = labelled(torch.cat(pictures, 2), [prompts[n] for n in shown], columns=min(6, len(shown)))
+    write_atomic(out / "samples/before_after.png", png(pairs))
+    both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
+    write_atomic(out / "samples/turntable.gif", turntable(both, backend=backend))
     write_atomic(out / "curves.png", curves(rows))
 
     def inline(name: str) -> str:
         return f"data:image/{name[-3:]};base64,{base64.b64encode((out / name).read_bytes()).decode()}"
 
-    table = "".join(f"<tr><td>{title}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{row['ci95'][0]:+.3f} .. {row['ci95'][1]:+.3f}"
-                    for key, title in METRICS.items() for row in [summary[key]])
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>r2d3: {html.escape(config.reward)} on {config.base}</title>
+    table = ""
+    for key, title in METRICS.items():
+        row, (low, high) = summary[key], summary[key]["ci95"]
+        table += f"<tr><td>{title}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{low:+.3f} .. {high:+.3f}"
+    write_atomic(out / "report.html", f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>r2d3: {html.escape(config.reward)}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-img{{max-width:100%}}table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
-td:first-child,th:first-child{{text-align:left}}pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}</style>
+img{{max-width:100%}} table{{border-collapse:collapse}} pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}
+td,th{{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
+td:first-child,th:first-child{{text-align:left}}</style>
 <h1>{html.escape(config.reward)} on {config.base}</h1>
 <p>Scorer: {html.escape(summary['scorer'])}. {summary['updates']} updates, {summary['seconds']:.0f} seconds,
 {len(prompts)} unseen prompts x {config.samples_per_prompt} objects, the same seeds before and after.</p>
 <table><tr><th>on unseen prompts<th>before<th>after<th>95% interval of the change</tr>{table}</table>
-<h2>Before (top) and after (bottom)</h2><img alt="before and after" src="{inline('samples/before_after.png')}">
+<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
 <h2>All around</h2><p>Four objects before, then the same four after.</p>
 <img alt="turntable" src="{inline('samples/turntable.gif')}">
 <h2>Training</h2><img alt="curves" src="{inline('curves.png')}">
-<h2>Settings</h2><pre>{html.escape((out / 'config.json').read_text())}</pre></html>"""
-    write_atomic(out / "report.html", page)
+<h2>Settings</h2><pre>{html.escape((out / 'config.json').read_text())}</pre></html>""")
 
 
 def curves(rows: list[dict]) -> bytes:
@@ -1451,7 +1453,7 @@ def sample(config: Config) -> list[Path]:
     """Make objects: for each a .ply for splat viewers, a .png of the four views and a turntable .gif."""
     from tqdm import tqdm
     if not config.prompts:
-        raise UserError("sample needs --prompts: a text file, or the prompt itself, for example --prompts \"a red cube\"")
+        raise UserError("sample needs --prompts, a text file or a prompt; try --prompts \"a red cube\"")
     prompts = load_prompts(config.prompts)
     folder = Path(config.out or Path(config.run or "runs") / "samples")
     config, base = load_run(config)
@@ -1459,12 +1461,13 @@ def sample(config: Config) -> list[Path]:
     written = []
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt]).expand(config.samples_per_prompt)
-        x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance, seeded(config.seed, n),
-                     lambda steps: tqdm(steps, desc=prompt, leave=False)).x[:, -1]
+        x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance,
+                     seeded(config.seed, n), partial(tqdm, desc=prompt, leave=False)).x[:, -1]
         gaussians = base.decode(x0)
         pictures = render(gaussians, *input_cameras(len(x0)), 256, kernel_backend(config)).image
         for s in range(len(x0)):
-            path = folder / f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:80]}-seed{config.seed}-{s}.ply"
+            name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
+            path = folder / f"{name}-seed{config.seed}-{s}.ply"
             one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
             save_ply(path, one)
             write_atomic(path.with_suffix(".png"), png(picture_rows(pictures[s:s + 1])))
@@ -1475,16 +1478,17 @@ def sample(config: Config) -> list[Path]:
 
 
 def evaluate(config: Config) -> dict:
-    """Measure a run (or, without --run, the base) on unseen prompts again, with other seeds or more samples."""
+    """Measure a run (or, without --run, the base) on unseen prompts, with other seeds or more samples."""
     config, base = load_run(config)
     reward = load_reward(config.reward, base, config.device, config.scorer)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     prompts = load_prompts(config.test_prompts)
-    after = measure(base, reward, schedule, prompts, config, config.seed, "the run" if config.run else "the base")
+    common = base, reward, schedule, prompts, config
+    after = measure(*common, config.seed, "the run" if config.run else "the base")
     with base.net.disable_adapter() if config.run else contextlib.nullcontext():
-        before = measure(base, reward, schedule, prompts, config, config.seed, "the base") if config.run else after
-        other = measure(base, reward, schedule, prompts, config, config.seed + 1, "the base once more, for FID")
+        before = measure(*common, config.seed, "the base") if config.run else after
+        other = measure(*common, config.seed + 1, "the base once more, for FID")
     summary = {"scorer": reward.title, "base": config.base, **compare(before, after, other), "seconds": 0.0}
     if config.run:
         write_atomic(Path(config.run) / "evaluation.json", json.dumps(summary, indent=1))
@@ -1500,7 +1504,8 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return commands[name], tyro.cli(Config, prog="python r2d3.py [train | sample | evaluate]", args=arguments)
+            prog = "python r2d3.py [train | sample | evaluate]"
+            return commands[name], tyro.cli(Config, prog=prog, args=arguments)
     except SystemExit as stop:
         if stop.code == 0:                                      # --help
             raise
@@ -1518,7 +1523,7 @@ def main() -> int:
         print(f"\nr2d3: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nr2d3: stopped; the same command with --resume goes on from the last finished epoch", file=sys.stderr)
+        print("\nr2d3: stopped; with --resume it goes on after the last finished epoch", file=sys.stderr)
         return 130
 
 

@@ -543,8 +543,7 @@ def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, 
         alpha = r2d3.per_sample(base.alpha_by_t[t], x0)
         x = alpha * x0 + (1 - alpha ** 2).sqrt() * noise
         cond = base.encode(["" if rng.random() < 0.1 else latents["captions"][row] for row in rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.step < 0.8 * steps):
-            eps = base.predict(x, t, cond)
+        eps = base.predict(x, t, cond)
         return ((eps - noise) / alpha).square().mean()              # = the squared error of v
 
     stage.run(loss_of)
@@ -615,7 +614,7 @@ def main() -> None:
     args = parser.parse_args()
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": 1, "prompts": 4} if args.quick else
-            {"data": 3600, "held_out": 200, "ae": 12000, "pictures": 4, "tower": 4000, "normal": 2500, "latents": 8,
+            {"data": 3600, "held_out": 200, "ae": 9000, "pictures": 4, "tower": 4000, "normal": 2500, "latents": 8,
              "denoiser": 25000, "samples": 4, "prompts": 60})
     write_prompts()
     vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"])
