@@ -615,7 +615,7 @@ def main() -> None:
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": 1, "prompts": 4} if args.quick else
             {"data": 3600, "held_out": 200, "ae": 9000, "pictures": 4, "tower": 4000, "normal": 2500, "latents": 8,
-             "denoiser": 25000, "samples": 4, "prompts": 60})
+             "denoiser": 16000, "samples": 4, "prompts": 60})
     write_prompts()
     vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"])
     if args.until == "ae":
