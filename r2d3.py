@@ -1509,8 +1509,9 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
     except SystemExit as stop:
         if stop.code == 0:                                      # --help
             raise
-        words = re.sub(r"[╭╮╰╯│─]+", " ", message.getvalue()).split()
-        raise UserError(" ".join(words)) from None
+        inside = " ".join(line for line in message.getvalue().splitlines() if line.startswith("│"))
+        inside = re.split("Argument helptext|For full helptext", re.sub("[│─]+", " ", inside))[0]
+        raise UserError(" ".join(inside.split()) + "; --help lists what there is") from None
 
 
 def main() -> int:

@@ -1,0 +1,148 @@
+"""The command line: every option is documented and read, the README's commands parse, mistakes get one sentence."""
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import r2d3  # noqa: E402
+
+FIELDS = [field.name for field in dataclasses.fields(r2d3.Config)]
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code and stderr of `python r2d3.py ...`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["r2d3.py", *map(str, arguments)])
+    code = r2d3.main()
+    return code, capsys.readouterr().err
+
+
+def test_import_is_silent_and_light():
+    code = ("import sys, r2d3; heavy = {'diffusers', 'transformers', 'peft', 'open_clip', 'matplotlib', 'tyro'};"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+            "import torch; assert not torch.cuda.is_initialized()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_read_and_documented(name):
+    source = (ROOT / "r2d3.py").read_text()
+    before, rest = source.split("class Config:")
+    body, after = rest.split("\nPAPER = ")
+    assert re.search(rf"\bconfig\.{name}\b", before + after), f"--{name} is never read"
+    assert re.search(rf'^    {name}: [^\n]+\n    """[^"]+"""', body, re.M), f"{name} has no help text"
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        r2d3.parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def readme_commands():
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [part.strip() for line in lines for part in line.split("#")[0].split("&&")]
+    return [line for line in found if line.startswith("python ")]
+
+
+def test_readme_commands_parse():
+    commands = readme_commands()
+    assert any(command == "python r2d3.py --reward aesthetic" for command in commands)
+    for command in commands:
+        program, *arguments = shlex.split(command)[1:]
+        if program == "r2d3.py":
+            r2d3.resolve(r2d3.parse(arguments)[1])
+        elif program != "-m":
+            assert (ROOT / program).is_file(), command
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--reward", "beauty"], ["'beauty'", "aesthetic", "file.py:function"]),
+    (["--reward", "aesthetic=x"], ["weight", "dnc=0.3"]),
+    (["--reward", "nowhere.py:f"], ["nowhere.py"]),
+    (["--base", "teapot"], ["teapot", "shapes"]),
+    (["--colour", "red"], ["--colour"]),
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--steps", "0"], ["--steps", "above zero"]),
+    (["--steps", "501"], ["501", "500"]),
+    (["--views", "-1"], ["--views"]),
+    (["--view-size", "0"], ["--view-size"]),
+    (["--batch-size", "0"], ["--batch-size"]),
+    (["--lr", "0"], ["--lr"]),
+    (["--lam", "-1"], ["--lam", "negative"]),
+    (["--fraction", "1.5"], ["--fraction"]),
+    (["--steps", "1", "--last-step", "never"], ["nothing to train"]),
+    (["--prompts", "a red teapot"], ["'teapot'", "cube"]),
+    (["--prompts", "a red cube on a blue cube on a green cube"], ["words"]),
+    (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+    (["--prompts", ""], ["empty"]),
+    (["--weights", "nowhere.safetensors"], ["nowhere.safetensors", "make_shapes"]),
+    (["--resume"], ["--resume", "no checkpoint"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["sample"], ["--prompts"]),
+    (["sample", "--prompts", "a red cube", "--run", "nowhere"], ["nowhere"]),
+    (["evaluate", "--run", "nowhere"], ["nowhere"]),
+])
+def test_mistakes_get_one_sentence(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "Traceback" not in text and len(text.strip().splitlines()) <= 2, text
+    for word in words:
+        assert word in text, text
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    code, text = run(monkeypatch, capsys, "--prompts", "empty.txt")
+    assert code == 2 and "empty.txt is empty" in text
+
+    whole = (ROOT / "assets/shapes.safetensors").read_bytes()
+    for name, content in {"truncated": whole[:100_000], "header only": whole[:4], "nothing": b""}.items():
+        (tmp_path / "weights.safetensors").write_bytes(content)
+        code, text = run(monkeypatch, capsys, "--weights", "weights.safetensors")
+        assert code == 2 and "weights.safetensors" in text and "complete" in text, (name, text)
+
+    (tmp_path / "mine.py").write_text("def other(render, prompts): pass\n")
+    code, text = run(monkeypatch, capsys, "--reward", "mine.py:score")
+    assert code == 2 and "no function 'score'" in text
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    code, text = run(monkeypatch, capsys, "--reward", "broken.py:score")
+    assert code == 2 and "broken.py" in text and "Traceback" not in text
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("years of work")
+    code, text = run(monkeypatch, capsys, "--out", "full")
+    assert code == 2 and "full" in text and (tmp_path / "full/thesis.tex").read_text() == "years of work"
+    code, text = run(monkeypatch, capsys, "--out", "mine.py")
+    assert code == 2 and "is a file" in text
+
+
+def test_weights_of_another_network_are_refused(monkeypatch, capsys, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(ROOT / "assets/shapes.safetensors", "pt") as file:
+        state, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    state["net.proj_out.bias"] = state["net.proj_out.bias"][:-1].clone()
+    save_file(state, tmp_path / "shape.safetensors", about)
+    del state["net.proj_out.bias"]
+    save_file(state, tmp_path / "missing.safetensors", about)
+    save_file(state, tmp_path / "foreign.safetensors", {"config": json.dumps({"hidden": 3})})
+    save_file(state, tmp_path / "bare.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for name, word in {"shape": "proj_out.bias", "missing": "proj_out.bias", "foreign": "make_shapes", "bare": "make_shapes"}.items():
+        code, text = run(monkeypatch, capsys, "--weights", f"{name}.safetensors")
+        assert code == 2 and word in text, text
