@@ -1073,7 +1073,7 @@ def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
 
 
 # What may differ between a run and its continuation; everything else has to be the same.
-FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "samples_per_prompt", "eval_batch"}
+FREE_ON_RESUME = {"resume", "epochs", "out", "device"}
 
 
 def open_run(config: Config) -> dict | None:
@@ -1085,7 +1085,7 @@ def open_run(config: Config) -> dict | None:
     if saved.is_file() and checkpoint.is_file():
         theirs, ours = json.loads(saved.read_text())["config"], dataclasses.asdict(config)
         for name in ours.keys() - FREE_ON_RESUME:
-            if theirs.get(name) != ours[name]:
+            if ours[name] is not None and theirs.get(name) != ours[name]:
                 raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs.get(name)}, "
                                 f"now {ours[name]}); name another folder with --out")
         if not config.resume:
@@ -1142,6 +1142,8 @@ def train(config: Config) -> dict:
     from peft import set_peft_model_state_dict
     from tqdm import tqdm
     started = time.perf_counter()
+    if config.run:
+        raise UserError("--run is for sample and evaluate; to train longer use --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
     state = open_run(config)
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
@@ -1158,10 +1160,14 @@ def train(config: Config) -> dict:
         for source in (HERE / "r2d3.py", *sorted((HERE / "kernels").glob("*.py"))):
             write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
 
-    before = saved_measurement(out / "checkpoint/before.pt", lambda: measure(
-        base, reward, schedule, test_prompts, config, config.seed, "before"), quiet)
-    other = saved_measurement(out / "checkpoint/reference.pt", lambda: measure(
-        base, reward, schedule, test_prompts, config, config.seed + 1, "the base once more, for FID"), quiet)
+    def untouched(name: str, seed: int) -> Measurement | None:  # measured once, read again on resume
+        path = out / f"checkpoint/{name}.pt"
+        if not quiet and not (state and path.is_file()):
+            measured = measure(base, reward, schedule, test_prompts, config, seed, name)
+            write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
+        return None if quiet else Measurement(**torch.load(path, weights_only=True))
+
+    before, other = untouched("before", config.seed), untouched("before, other seeds", config.seed + 1)
     base.net = add_lora(base.net, config.lora_rank, config.seed)
     weights = [weight for weight in base.net.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
@@ -1190,7 +1196,9 @@ def train(config: Config) -> dict:
                **compare(before, after, other), "seconds": time.perf_counter() - started}
     write_atomic(out / "summary.json", json.dumps(summary, indent=1))
     write_report(base, test_prompts, before, after, rows, summary, config)
-    print_summary(summary, config)
+    print_summary(summary)
+    print(f"open {out / 'report.html'}, or make new objects: "
+          f"python r2d3.py sample --prompts \"{test_prompts[0]}\" --run {out}")
     return summary
 
 
@@ -1258,16 +1266,6 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
 
 
-def saved_measurement(path: Path, make: Callable[[], Measurement], quiet: bool) -> Measurement | None:
-    """Measured once, read again when a run is resumed. Processes other than the first have no use for it."""
-    if quiet:
-        return None
-    if not path.is_file():
-        measured = make()
-        write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
-    return Measurement(**torch.load(path, weights_only=True))
-
-
 def diversity(features: Tensor) -> Tensor:
     """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt, per view, then averaged."""
     S = features.shape[1]
@@ -1315,7 +1313,7 @@ METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "re
            "coverage": "alpha coverage", "diversity": "diversity", "fid_to_base": "FID to the base"}
 
 
-def print_summary(summary: dict, config: Config) -> None:
+def print_summary(summary: dict) -> None:
     """The before/after table, and what to think of it."""
     print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval of the change")
     for name, title in METRICS.items():
@@ -1328,8 +1326,6 @@ def print_summary(summary: dict, config: Config) -> None:
         print("warning: the objects fit their prompts less well; try a smaller --beta or fewer --epochs")
     if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
         print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")
-    print(f"open {Path(config.out, 'report.html')}, or make new objects: "
-          f"python r2d3.py sample --prompts \"{load_prompts(config.test_prompts)[0]}\" --run {config.out}")
 
 
 def picture_rows(images: Tensor) -> PIL.Image.Image:
@@ -1479,6 +1475,7 @@ def sample(config: Config) -> list[Path]:
 
 def evaluate(config: Config) -> dict:
     """Measure a run (or, without --run, the base) on unseen prompts, with other seeds or more samples."""
+    started = time.perf_counter()
     config, base = load_run(config)
     reward = load_reward(config.reward, base, config.device, config.scorer)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
@@ -1489,10 +1486,11 @@ def evaluate(config: Config) -> dict:
     with base.net.disable_adapter() if config.run else contextlib.nullcontext():
         before = measure(*common, config.seed, "the base") if config.run else after
         other = measure(*common, config.seed + 1, "the base once more, for FID")
-    summary = {"scorer": reward.title, "base": config.base, **compare(before, after, other), "seconds": 0.0}
+    summary = {"scorer": reward.title, "base": config.base, **compare(before, after, other),
+               "seconds": time.perf_counter() - started}
     if config.run:
         write_atomic(Path(config.run) / "evaluation.json", json.dumps(summary, indent=1))
-    print_summary(summary, config)
+    print_summary(summary)
     return summary
 
 
@@ -1524,7 +1522,8 @@ def main() -> int:
         print(f"\nr2d3: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nr2d3: stopped; with --resume it goes on after the last finished epoch", file=sys.stderr)
+        print("\nr2d3: stopped; the same command with --resume goes on after the last finished epoch, if any",
+              file=sys.stderr)
         return 130
 
 

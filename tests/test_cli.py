@@ -89,6 +89,7 @@ def test_readme_commands_parse():
     (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
     (["--prompts", ""], ["empty"]),
     (["--weights", "nowhere.safetensors"], ["nowhere.safetensors", "make_shapes"]),
+    (["--run", "somewhere"], ["--run", "--resume"]),
     (["--resume"], ["--resume", "no checkpoint"]),
     (["--device", "abacus"], ["abacus"]),
     (["sample"], ["--prompts"]),
