@@ -195,11 +195,17 @@ def resolve(config: Config) -> Config:
     filled = {name: value for name, value in presets.get(first_reward, presets[""]).items()
               if getattr(config, name) is None}
     name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
-    filled |= {"prompts": config.prompts or str(HERE / f"prompts/{config.base}_train.txt"),
-               "test_prompts": config.test_prompts or str(HERE / f"prompts/{config.base}_test.txt"),
-               "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-               "out": config.out or f"runs/{config.base}-{name}-seed{config.seed}"}
+    usual = {"prompts": str(HERE / f"prompts/{config.base}_train.txt"),
+             "test_prompts": str(HERE / f"prompts/{config.base}_test.txt"),
+             "device": "cuda" if torch.cuda.is_available() else "cpu",
+             "out": f"runs/{config.base}-{name}-seed{config.seed}"}
+    filled |= {name: value for name, value in usual.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **filled)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0][:80]
+        raise UserError(f"--device {config.device} cannot be used here ({why})") from None
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed"}
     for name, value in dataclasses.asdict(config).items():
         if type(value) in (int, float) and not (value >= 0 if name in may_be_zero else value > 0):
@@ -625,7 +631,7 @@ def load_base(config: Config, device: torch.device | str) -> DiffSplat:
     from diffusers import AutoencoderKL, PixArtTransformer2DModel
     path = Path(config.weights or HERE / "assets/shapes.safetensors")
     state, about = load_weights(path)
-    if "config" not in about:
+    if '"vocab"' not in about.get("config", ""):
         raise UserError(f"{path} does not hold the base 'shapes': it was not made by assets/make_shapes.py")
     about = json.loads(about["config"])
 
@@ -837,7 +843,10 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
             raise UserError(f"there is no file {path} for --reward {name}")
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
         if not callable(getattr(module, function, None)):
             raise UserError(f"{path} has no function {function!r}; --reward {name} needs "
                             f"def {function}(render, prompts) -> scores (objects, views)")
@@ -1507,9 +1516,9 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
     except SystemExit as stop:
         if stop.code == 0:                                      # --help
             raise
-        inside = " ".join(line for line in message.getvalue().splitlines() if line.startswith("│"))
-        inside = re.split("Argument helptext|For full helptext", re.sub("[│─]+", " ", inside))[0]
-        raise UserError(" ".join(inside.split()) + "; --help lists what there is") from None
+        text = re.sub("[│─╰╯]|-{4,}", " ", message.getvalue().partition("\n")[2])  # tyro's box, less its title
+        text = re.split("Argument helptext|For full helptext", text)[0]
+        raise UserError(" ".join(text.split()) + "; --help lists what there is") from None
 
 
 def main() -> int:

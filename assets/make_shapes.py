@@ -560,13 +560,13 @@ def parse_caption(text: str) -> list[tuple[str, str, str]]:
 
 
 @torch.no_grad()
-def sample_pictures(base: r2d3.DiffSplat, prompts: list[str], guidance: float, steps: int = 20) -> Tensor:
-    """(n, 4, 3, 64, 64)"""
-    schedule, pictures = r2d3.NoiseSchedule.from_diffusers("dpm", steps), []
+def sample_pictures(base: r2d3.DiffSplat, prompts: list[str], guidance: float, size: int = 64) -> Tensor:
+    """(n, 4, 3, size, size)"""
+    schedule, pictures = r2d3.NoiseSchedule.from_diffusers("dpm", 20), []
     for start in tqdm(range(0, len(prompts), 60), desc=f"sampling, guidance {guidance}"):
         cond = base.encode(prompts[start:start + 60])
         x0 = r2d3.rollout(base, schedule, cond, base.encode([""]), guidance, r2d3.seeded(4, start)).x[:, -1]
-        pictures.append(r2d3.render(base.decode(x0), *r2d3.input_cameras(len(x0)), 64).image)
+        pictures.append(r2d3.render(base.decode(x0), *r2d3.input_cameras(len(x0)), size).image)
     return torch.cat(pictures)
 
 
@@ -635,7 +635,7 @@ def main() -> None:
     quality = measure_quality(base, make_data(args.work, size["held_out"], 1),
                               [prompt for prompt in prompts for _ in range(size["samples"])])
     write_asset(args.out, base, module["text"], quality)
-    pictures = sample_pictures(base, prompts, base.guidance)[:, 0]
+    pictures = sample_pictures(base, prompts, base.guidance, 112)[:, 0]
     r2d3.write_atomic(args.out.with_suffix(".png"), r2d3.png(r2d3.labelled(pictures, prompts, columns=10)))
     print(json.dumps(quality, indent=1))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
