@@ -1518,7 +1518,7 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
             raise
         text = re.sub("[│─╰╯]|-{4,}", " ", message.getvalue().partition("\n")[2])  # tyro's box, less its title
         text = re.split("Argument helptext|For full helptext", text)[0]
-        raise UserError(" ".join(text.split()) + "; --help lists what there is") from None
+        raise UserError(" ".join(text.split()).rstrip(".") + "; --help lists what there is") from None
 
 
 def main() -> int:
