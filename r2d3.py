@@ -89,88 +89,48 @@ class UserError(ValueError):
 class Config:
     """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
 
-    reward: str = "aesthetic"
-    """aesthetic, hpsv2, normal, dnc; a weighted sum, aesthetic=1,dnc=0.3; or your own, file.py:function."""
-    scorer: Literal["auto", "embedded", "laion"] = "auto"
-    """What measures aesthetic: embedded (colourfulness), laion (LAION V2 on CLIP ViT-L/14); auto: by base."""
-    base: Literal["shapes"] = "shapes"
-    """The 3D diffusion model: shapes is embedded and needs no download."""
-    weights: str | None = None
-    """Where the base's weights are, if not in their usual place: a .safetensors file for shapes."""
-    prompts: str | None = None
-    """One prompt a line, a text file; or a prompt itself. Default: prompts/<base>_train.txt."""
-    test_prompts: str | None = None
-    """Prompts that are never trained on, for before and after. Default: prompts/<base>_test.txt."""
-    out: str | None = None
-    """The folder to write to. Default: runs/<base>-<reward>-seed<seed>; for `sample`, in the run's folder."""
-    run: str | None = None
-    """For `sample` and `evaluate`: the folder of the run whose LoRA to use. Default: the base as it is."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output folder (with more --epochs: train longer)."""
-    seed: int = 0
-    """Everything random in a run follows from it."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps. Default: cuda where there is one, else cpu."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of the kernels. auto: triton on a GPU, torch elsewhere."""
+    reward: str = "aesthetic"  # aesthetic, hpsv2, normal, dnc, file.py:function, a sum: aesthetic=1,dnc=0.3
+    scorer: Literal["auto", "embedded", "laion"] = "auto"  # of aesthetic (laion: LAION V2); auto: by base
+    base: Literal["shapes"] = "shapes"  # the 3D diffusion model; shapes is embedded, nothing is downloaded
+    weights: str | None = None  # the base's weights if they are elsewhere: for shapes a .safetensors file
+    prompts: str | None = None  # a text file, one prompt a line, or a prompt; None: prompts/<base>_train.txt
+    test_prompts: str | None = None  # never trained on, to measure; None: prompts/<base>_test.txt
+    out: str | None = None  # folder to write to; None: runs/<base>-<reward>-seed<seed>
+    run: str | None = None  # for sample and evaluate: the run whose LoRA to use; None: the base as it is
+    resume: bool = False  # go on from the last checkpoint of the run (with more epochs: train longer)
+    seed: int = 0  # everything random in a run follows from it
+    device: str | None = None  # cpu, cuda, cuda:1, mps; None: cuda where there is one, else cpu
+    backend: Literal["auto", "torch", "triton"] = "auto"  # of the kernels; auto: triton on a GPU
 
-    epochs: int | None = None
-    """Passes of sampling and training. None: by base."""
-    batch_size: int | None = None
-    """Objects sampled per epoch and process. None: by base."""
-    updates_per_epoch: int = 4
-    """Optimiser steps per epoch; the epoch's transitions are split evenly among them."""
-    micro_batch: int = 16
-    """Transitions in one forward and backward pass; memory grows with it."""
-    lr: float | None = None
-    """Learning rate of AdamW. None: by base."""
-    weight_decay: float = 1e-4
-    """Weight decay of AdamW (paper)."""
-    max_grad_norm: float = 1.0
-    """The gradient of all LoRA weights is clipped to this norm (paper)."""
-    lora_rank: int = 8
-    """Rank of the LoRA, whose scale is 1 (paper)."""
+    epochs: int | None = None  # passes of sampling and training; None: by base
+    batch_size: int | None = None  # objects sampled per epoch and process; None: by base
+    updates_per_epoch: int = 4  # optimiser steps per epoch, which share its transitions evenly
+    micro_batch: int = 16  # transitions in one forward and backward pass; memory grows with it
+    lr: float | None = None  # learning rate of AdamW; None: by base
+    weight_decay: float = 1e-4  # of AdamW (paper)
+    max_grad_norm: float = 1.0  # the gradient of all LoRA weights is clipped to this norm (paper)
+    lora_rank: int = 8  # rank of the LoRA, whose scale is 1 (paper)
 
-    sampler: Literal["dpm", "ddim"] = "dpm"
-    """dpm: sde-dpmsolver++ of order 1 (paper); ddim: DDIM with eta = 1. One transition, two grids."""
-    steps: int = 20
-    """Sampler steps (paper)."""
-    guidance: float | None = None
-    """Classifier-free guidance scale of sampling, loss and reward. None: the base's own."""
-    beta: float | None = None
-    """Strength of the reward against the prior (E4). None: by base and reward."""
-    lam: float | None = None
-    """lambda: strength of the pull to the rollout's own predictions (E5). None: by base and reward."""
-    matching: Literal["eps", "score"] | None = None
-    """score: E4 as published; eps: its residual divided by k, all noise levels count alike. None: by base."""
-    branch: Literal["guided", "conditional"] | None = None
-    """Which prediction is matched: the guided one (paper), or only the conditional half. None: by base."""
-    last_step: Literal["always", "stratified", "never"] = "always"
-    """Whether the last sampler step is always trained (paper), by chance like any other, or never."""
-    fraction: float = 0.4
-    """Share of every trajectory's steps that is trained (paper)."""
-    time_weight: Literal["squared", "linear", "none"] = "squared"
-    """Weight w(s) of the reward by noise level: alpha_s^2 (paper), alpha_s, or 1."""
-    jacobian: bool = True
-    """Let the reward gradient (E7) run through the network (paper); else its output counts as constant."""
-    clip_reward_grad: float | None = None
-    """Clip the L2 norm of each object's reward gradient to this. None: off (paper)."""
+    sampler: Literal["dpm", "ddim"] = "dpm"  # sde-dpmsolver++ of order 1 (paper), or DDIM with eta = 1
+    steps: int = 20  # sampler steps (paper)
+    guidance: float | None = None  # classifier-free guidance of sampling, loss, reward; None: the base's own
+    beta: float | None = None  # strength of the reward against the prior (E4); None: by base and reward
+    lam: float | None = None  # lambda, the pull to the rollout's predictions (E5); None: by base and reward
+    matching: Literal["eps", "score"] | None = None  # score: E4 (paper); eps: divided by k; None: by base
+    branch: Literal["guided", "conditional"] | None = None  # what is matched (paper: guided); None: by base
+    last_step: Literal["always", "stratified", "never"] = "always"  # is it trained? (paper: always)
+    fraction: float = 0.4  # share of every trajectory's steps that is trained (paper)
+    time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
+    jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
+    clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
 
-    views: int | None = None
-    """Pictures per object for the reward. None: by base (the paper: 4)."""
-    view_size: int | None = None
-    """Pixels of a picture's side. None: by base."""
-    eval_size: int | None = None
-    """Pixels of a picture's side in evaluations. None: by base."""
-    elevation_range: float = 20.0
-    """Degrees over which the reward's cameras vary in elevation, around 10 (paper: 20)."""
-    azimuth_range: float = 60.0
-    """Degrees over which they vary in azimuth, around evenly spaced views (paper: 60)."""
-
-    samples_per_prompt: int = 4
-    """Objects per test prompt in evaluations (paper: 32); for `sample`: objects per prompt."""
-    eval_batch: int = 60
-    """Objects sampled at once in an evaluation."""
+    views: int | None = None  # pictures per object for the reward (paper: 4); None: by base
+    view_size: int | None = None  # pixels of such a picture's side; None: by base
+    eval_size: int | None = None  # pixels of a picture's side in evaluations; None: by base
+    elevation_range: float = 20.0  # degrees of random elevation of the reward's cameras, around 10 (paper)
+    azimuth_range: float = 60.0  # degrees of their random azimuth, around evenly spaced views (paper)
+    samples_per_prompt: int = 4  # objects per prompt: in evaluations (paper: 32), and for sample
+    eval_batch: int = 60  # objects sampled at once in an evaluation
 
 
 PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "branch": "guided", "views": 4,
