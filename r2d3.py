@@ -375,7 +375,7 @@ class NoiseSchedule:
             return cls(scheduler.timesteps, alpha, ratio * alpha)
         scheduler = DDIMScheduler(set_alpha_to_one=False, timestep_spacing="trailing", **betas)
         scheduler.set_timesteps(steps)
-        squared = scheduler.alphas_cumprod.double()[[*scheduler.timesteps, 0]]
+        squared = scheduler.alphas_cumprod.double()[scheduler.timesteps.tolist() + [0]]
         return cls(scheduler.timesteps, squared.sqrt(), (1 - squared).sqrt())
 
     def t(self, i: int | Tensor) -> Tensor:
