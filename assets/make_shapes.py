@@ -446,6 +446,9 @@ def train_tower(work: Path, pictures: dict, steps: int) -> r2d3.ImageTextTower:
             candidates += [caption(parts), *wrong]
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.step < 0.8 * steps):
             images = pictures["images"][rows].float() / 255
+            gray = images.mean(1, keepdim=True)                     # a caption does not name the saturation
+            images = gray + (0.7 + 1.1 * torch.rand(64, 1, 1, 1, generator=generator)) * (images - gray)
+            images = images.clamp(0, 1)
             seen = tower.image(images + 0.01 * torch.randn(images.shape, generator=generator)).float()
             words = tower.text(captions + candidates).float()
         scale = tower.logit_scale.exp().clamp(max=50)
