@@ -1236,10 +1236,10 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
 
 
 def diversity(features: Tensor) -> Tensor:
-    """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt, per view, then averaged."""
+    """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt, per view, then averaged; 0 if S = 1."""
     S = features.shape[1]
-    cosine = torch.einsum("psvd,ptvd->pvst", features, features)
-    return 1 - (cosine.sum((-2, -1)) - S).mean(1) / max(S * (S - 1), 1)
+    apart = 1 - torch.einsum("psvd,ptvd->pvst", features, features)
+    return apart.sum((-2, -1)).mean(1) / max(S * (S - 1), 1)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
