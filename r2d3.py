@@ -913,6 +913,16 @@ class Transitions(NamedTuple):
     prompts: list[str]         # M prompts
 
 
+def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
+          generator: torch.Generator) -> tuple[Tensor, Render]:
+    """Rewards (M,) of clean latents, mean over randomly placed cameras, and the pictures that were judged."""
+    cameras = sample_cameras(len(x0), config.views, config.elevation_range, config.azimuth_range, generator)
+    pictures = render(base.decode(x0), *cameras, config.view_size, kernel_backend(config))
+    noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
+    pictures = pictures._replace(image=pictures.image + noise.to(pictures.image))
+    return reward(pictures, prompts).mean(1), pictures
+
+
 def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
                     config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """g (M, *latent): gradient by x_s of the reward's mean over views (E7); and that mean (M,)."""
@@ -921,11 +931,7 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
     with contextlib.nullcontext() if config.jacobian else torch.no_grad():
         halves = predict_both(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
         eps = guide(*halves, config.guidance)
-    gaussians = base.decode(schedule.x0(x_s, eps, s))                                       # (E1) at s
-    cameras = sample_cameras(len(x_s), config.views, config.elevation_range, config.azimuth_range, generator)
-    pictures = render(gaussians, *cameras, config.view_size, kernel_backend(config))
-    noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
-    score = reward(pictures._replace(image=pictures.image + noise.to(pictures.image)), batch.prompts).mean(1)
+    score, _ = judge(base, reward, schedule.x0(x_s, eps, s), batch.prompts, config, generator)  # (E1) at s
     g, = torch.autograd.grad(score.sum(), x_s)
     if config.clip_reward_grad:
         norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -994,11 +1000,9 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
     chosen = [prompts[n] for n in order[:B]]
     cond = base.encode(chosen)
     trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
-    backend = kernel_backend(config)
     with torch.no_grad():                   # for the log: what the samples themselves score
-        cameras = sample_cameras(B, config.views, config.elevation_range, config.azimuth_range, generator)
-        pictures = render(base.decode(trajectory.x[:, -1]), *cameras, config.view_size, backend)
-        sampled = {"reward": reward(pictures, chosen).mean().item(), "coverage": pictures.alpha.mean().item()}
+        score, pictures = judge(base, reward, trajectory.x[:, -1], chosen, config, generator)
+    sampled = {"reward": score.mean().item(), "coverage": pictures.alpha.mean().item()}
 
     guidance = config.guidance if config.branch == "guided" else 1.0
     eps_old = guide(trajectory.eps_uncond if guidance != 1 else None, trajectory.eps_text, guidance)
@@ -1236,7 +1240,7 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
 
 
 def diversity(features: Tensor) -> Tensor:
-    """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt, per view, then averaged; 0 if S = 1."""
+    """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt in one view; 0 if S = 1."""
     S = features.shape[1]
     apart = 1 - torch.einsum("psvd,ptvd->pvst", features, features)
     return apart.sum((-2, -1)).mean(1) / max(S * (S - 1), 1)
