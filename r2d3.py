@@ -1480,8 +1480,8 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
     except SystemExit as stop:
         if stop.code == 0:                                      # --help
             raise
-        text = re.sub("[│─╰╯]|-{4,}", " ", message.getvalue().partition("\n")[2])  # tyro's box, less its title
-        text = re.split("Argument helptext|For full helptext", text)[0]
+        text = message.getvalue().partition("\n")[2]           # without the title, then without the box
+        text = re.split("Argument helptext|For full helptext", re.sub("[│─╰╯]|-{4,}", " ", text))[0]
         raise UserError(" ".join(text.split()).rstrip(".") + "; --help lists what there is") from None
 
 

@@ -150,3 +150,92 @@ def test_float32(name):
     print(name, {key: f"{value:.1e}" for key, value in found.items()})
     # Seen edge-on, a flat Gaussian is a line: its picture's derivatives are large differences of large numbers.
     assert_close(found, *((1e-4, 1e-2) if name == "flat" else (1e-5, 1e-4)))
+
+
+def test_behind_the_camera_and_none_visible():
+    inputs = scene(N=40, V=2)
+    behind = inputs[5][..., :3, 3] - 2 * inputs[5][..., :3, 2]  # behind each camera
+    mixed = [tensor.clone() for tensor in inputs]
+    mixed[0][0, :10] = behind[0, 0]
+    found, want = errors(mixed, 24, 24)
+    assert want.alpha.max() > 0.1
+    assert_close(found)
+    away = [tensor.float() for tensor in inputs]
+    away[0] = (away[0] + 100).requires_grad_()
+    out = rasterize(*away, 24, 24, background=(0.2, 0.4, 0.6))
+    assert torch.equal(out.image, torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1).expand_as(out.image))
+    assert all(tensor.abs().max() == 0 for tensor in out[1:])
+    sum(tensor.sum() for tensor in out).backward()
+    assert away[0].grad is None or away[0].grad.abs().max() == 0
+    nothing = [tensor[:, :0] for tensor in inputs[:5]] + inputs[5:]
+    assert rasterize(*nothing, 8, 8).image.min() == 1
+
+
+def test_the_comparison_is_sharp():
+    """A gradient times 1.05, a flipped sign, a shift by one pixel: none of them gets past assert_close."""
+    inputs = scene(N=60)
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return ctx.factor * g, None
+
+    def on_image(change):
+        return lambda render: render._replace(image=change(render.image))
+
+    for change in (on_image(lambda x: Scale.apply(x, 1.05)), on_image(lambda x: Scale.apply(x, -1.0)),
+                   on_image(lambda x: x.roll(1, -1)), on_image(lambda x: x.roll(1, -2)),
+                   lambda render: render._replace(normal=-render.normal),
+                   lambda render: render._replace(depth=render.depth * 1.001)):
+        found, _ = errors(inputs, 20, 20, change=change)
+        with pytest.raises(AssertionError):
+            assert_close(found)
+
+
+def test_a_batch_is_its_parts_and_bits_repeat():
+    inputs = [tensor.float() for tensor in scene(B=3, V=2, N=50)]
+    whole = rasterize(*inputs, 21, 17)
+    for b in range(3):
+        part = rasterize(*(tensor[b:b + 1] for tensor in inputs), 21, 17)
+        for ours, theirs in zip(part, whole):
+            assert torch.allclose(ours[0], theirs[b], atol=1e-6)
+
+    def gradients():
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs[:5]]
+        out = rasterize(*leaves, *inputs[5:], 21, 17)
+        sum((a * w).sum() for a, w in zip(out, weights_like(out))).backward()
+        return [leaf.grad for leaf in leaves]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients()))
+
+
+def test_order_does_not_matter_and_quaternions_are_used_as_they_are():
+    inputs = [tensor.float() for tensor in scene(N=50)]
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    shuffled = [tensor[:, order] for tensor in inputs[:5]] + inputs[5:]
+    for a, b in zip(rasterize(*inputs, 24, 24), rasterize(*shuffled, 24, 24)):
+        assert torch.allclose(a, b, atol=1e-6)
+    longer = [inputs[0], 1.2 * inputs[1], *inputs[2:]]
+    assert (rasterize(*longer, 24, 24).image - rasterize(*inputs, 24, 24).image).abs().max() > 0.01
+
+
+def test_mistakes_are_named():
+    inputs = [tensor.float() for tensor in scene(N=5)]
+    names = ["means", "quats", "scales", "opacities", "colors", "c2w", "fxfycxcy"]
+    for n, name in enumerate(names):
+        wrong = [tensor[..., :-1] if m == n else tensor for m, tensor in enumerate(inputs)]
+        with pytest.raises(ValueError, match=name):
+            rasterize(*wrong, 8, 8)
+        if n:
+            with pytest.raises(ValueError, match=name):
+                rasterize(*[tensor.double() if m == n else tensor for m, tensor in enumerate(inputs)], 8, 8)
+    for options, word in (({"background": (1.0, 1.0)}, "background"), ({"backend": "cuda"}, "backend")):
+        with pytest.raises(ValueError, match=word):
+            rasterize(*inputs, 8, 8, **options)
+    with pytest.raises(ValueError, match="height"):
+        rasterize(*inputs, 0, 8)
