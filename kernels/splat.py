@@ -46,6 +46,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the PyTorch path needs no triton
+    triton = None
+
 NEAR = 0.2  # Gaussians closer than this are dropped
 ALPHA_MIN, ALPHA_MAX = 1 / 255, 0.99
 T_MIN = 1e-4
@@ -284,6 +290,657 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
     return Render(image, alpha, depth, median, F.normalize(normal, dim=2, eps=1e-12))
 
 
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+GPU_TILE = 16  # pixels along a tile's side: a program each
+WARPS = 4  # of a tile's program; GPU_TILE^2 has to be a multiple of 32 WARPS
+BATCH = 16  # Gaussians between two looks at whether a tile is opaque
+RECORD = 16  # floats per Gaussian and view
+COMPOSITE = dict(TILE=GPU_TILE, WARPS=WARPS, num_warps=WARPS, enable_fp_fusion=True)
+LANES = dict(BLOCK=128, num_warps=4, enable_fp_fusion=True)  # a Gaussian or a pair in each lane
+
+if triton is not None:
+    _NEAR, _FOV_MARGIN, _VANISHING = tl.constexpr(NEAR), tl.constexpr(FOV_MARGIN), tl.constexpr(VANISHING)
+    _ALPHA_MIN, _ALPHA_MAX, _T_MIN = tl.constexpr(ALPHA_MIN), tl.constexpr(ALPHA_MAX), tl.constexpr(T_MIN)
+
+    @triton.jit
+    def _dot(a, b):
+        return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+    @triton.jit
+    def _cross(a, b):
+        return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+    @triton.jit
+    def _add(a, s, b):
+        """a + s b"""
+        return a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2]
+
+    @triton.jit
+    def _load3(ptr, mask):
+        return tl.load(ptr, mask, other=0.0), tl.load(ptr + 1, mask, other=0.0), tl.load(ptr + 2, mask, other=0.0)
+
+    @triton.jit
+    def _load_camera(c2w_ptr, fxfycxcy_ptr, row, H, W):
+        """Axes (right, down, forward) and origin in world space; fx, fy, cx, cy in pixels."""
+        m = c2w_ptr + row * 16
+        right = tl.load(m), tl.load(m + 4), tl.load(m + 8)
+        down = tl.load(m + 1), tl.load(m + 5), tl.load(m + 9)
+        forward = tl.load(m + 2), tl.load(m + 6), tl.load(m + 10)
+        origin = tl.load(m + 3), tl.load(m + 7), tl.load(m + 11)
+        f = fxfycxcy_ptr + row * 4
+        return (right, down, forward, origin,
+                tl.load(f) * W, tl.load(f + 1) * H, tl.load(f + 2) * W, tl.load(f + 3) * H)
+
+    @triton.jit
+    def _axes(w, x, y, z):
+        """The columns of A = R(q) in world space."""
+        return ((1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)),
+                (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)),
+                (2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)))
+
+    @triton.jit
+    def _center(mean, camera):
+        right, down, forward, origin, fx, fy, cx, cy = camera
+        offset = _add(mean, -1.0, origin)
+        return _dot(right, offset), _dot(down, offset), _dot(forward, offset)
+
+    @triton.jit
+    def _footprint(t, axes, s, camera, H, W):
+        """u, v and, in world space, the rows j of J R_wc; the rows e of J M; their cross product."""
+        right, down, forward, origin, fx, fy, cx, cy = camera
+        tx, ty, tz = t
+        limit_u, limit_v = _FOV_MARGIN * W / 2 / fx, _FOV_MARGIN * H / 2 / fy
+        u = tl.minimum(tl.maximum(tx / tz, -limit_u), limit_u)
+        v = tl.minimum(tl.maximum(ty / tz, -limit_v), limit_v)
+        kx, ky = fx / tz, fy / tz
+        jx, jy = _add(right, -u, forward), _add(down, -v, forward)
+        jx, jy = (kx * jx[0], kx * jx[1], kx * jx[2]), (ky * jy[0], ky * jy[1], ky * jy[2])
+        ex = s[0] * _dot(jx, axes[0]), s[1] * _dot(jx, axes[1]), s[2] * _dot(jx, axes[2])
+        ey = s[0] * _dot(jy, axes[0]), s[1] * _dot(jy, axes[1]), s[2] * _dot(jy, axes[2])
+        return u, v, jx, jy, ex, ey, _cross(ex, ey)
+
+    @triton.jit
+    def _facing(ray, cof, D):
+        """z = cof^T ray and m = cof D z, for a ray in world space."""
+        z = _dot(cof[0], ray), _dot(cof[1], ray), _dot(cof[2], ray)
+        d0, d1, d2 = D[0] * z[0], D[1] * z[1], D[2] * z[2]
+        m = (cof[0][0] * d0 + cof[1][0] * d1 + cof[2][0] * d2,
+             cof[0][1] * d0 + cof[1][1] * d1 + cof[2][1] * d2,
+             cof[0][2] * d0 + cof[1][2] * d1 + cof[2][2] * d2)
+        return z, m
+
+    @triton.jit
+    def _shrinking(scales):
+        """s at least 1e-12, and D = (s_min / s)^2."""
+        s = tl.maximum(scales[0], 1e-12), tl.maximum(scales[1], 1e-12), tl.maximum(scales[2], 1e-12)
+        least = tl.minimum(tl.minimum(s[0], s[1]), s[2])
+        r0, r1, r2 = least / s[0], least / s[1], least / s[2]
+        return s, (r0 * r0, r1 * r1, r2 * r2)
+
+    @triton.jit
+    def _project_kernel(
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
+        c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
+        record_ptr,  # [B V N, RECORD] out: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
+        depth_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
+        box_ptr,  # [B V N, 3] out: first column and row of tiles, columns
+        count_ptr,  # [B V N] int32 out: tiles
+        V, N, H, W,
+        TILE: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        blocks = tl.cdiv(N, BLOCK)
+        view = tl.program_id(0) // blocks  # of all B V
+        n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+        mask = n < N
+        own = (view // V).to(tl.int64) * N + n
+        row = view.to(tl.int64) * N + n
+        mean, scales = _load3(means_ptr + own * 3, mask), _load3(scales_ptr + own * 3, mask)
+        q = quats_ptr + own * 4
+        qx, qy, qz = _load3(q + 1, mask)
+        opacity = tl.load(opacities_ptr + own, mask, other=0.0)
+        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
+        right, down, forward, origin, fx, fy, cx, cy = camera
+
+        axes = _axes(tl.load(q, mask, other=1.0), qx, qy, qz)
+        tx, ty, tz = _center(mean, camera)
+        seen = (tz > _NEAR) & (opacity > _ALPHA_MIN)
+        tz = tl.where(seen, tz, 1.0)
+        u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), axes, scales, camera, H, W)
+        C_xx, C_xy, C_yy, det = _dot(ex, ex), _dot(ex, ey), _dot(ey, ey), _dot(c, c)
+        o = opacity * tl.sqrt(det / (det + _VANISHING) + _VANISHING)
+        seen = seen & (det > _VANISHING) & (o > _ALPHA_MIN)
+        det, C_yy, o = tl.where(seen, det, 1.0), tl.where(seen, C_yy, 1.0), tl.where(seen, o, 1.0)
+
+        x, y = fx * tx / tz + cx - 0.5, fy * ty / tz + cy - 0.5
+        reach = 2 * tl.log(o / _ALPHA_MIN)
+        half_x, half_y = tl.sqrt(reach * C_xx), tl.sqrt(reach * C_yy)
+        x0 = tl.minimum(tl.maximum(tl.ceil(x - half_x), 0.0), W).to(tl.int32)
+        x1 = tl.minimum(tl.maximum(tl.floor(x + half_x), -1.0), W - 1).to(tl.int32)
+        y0 = tl.minimum(tl.maximum(tl.ceil(y - half_y), 0.0), H).to(tl.int32)
+        y1 = tl.minimum(tl.maximum(tl.floor(y + half_y), -1.0), H - 1).to(tl.int32)
+        seen = seen & (x0 <= x1) & (y0 <= y1)
+        x0, y0 = x0 // TILE, y0 // TILE
+        wide, high = x1 // TILE - x0 + 1, y1 // TILE - y0 + 1
+        tl.store(count_ptr + row, tl.where(seen, wide * high, 0), mask)
+        tl.store(depth_ptr + row, tl.where(seen, tz, float("inf")), mask)
+        tl.store(box_ptr + row * 3, x0, seen)
+        tl.store(box_ptr + row * 3 + 1, y0, seen)
+        tl.store(box_ptr + row * 3 + 2, wide, seen)
+
+        s, D = _shrinking(scales)
+        cof = _cross(axes[1], axes[2]), _cross(axes[2], axes[0]), _cross(axes[0], axes[1])
+        z, m = _facing(_add(_add(forward, u, right), v, down), cof, D)
+        norm = tl.maximum(tl.sqrt(_dot(m, m)), 1e-30)
+        m = _dot(right, m), _dot(down, m), _dot(forward, m)  # in camera space
+        along = tl.maximum(m[0] * u + m[1] * v + m[2], 1e-7 * norm)
+        nl = 1 + u * u + v * v
+        length = tz * tl.sqrt(nl)
+        a = tl.sqrt(C_yy / (2 * det))
+        out = record_ptr + row * RECORD
+        tl.store(out, x, seen)
+        tl.store(out + 1, y, seen)
+        tl.store(out + 2, a, seen)
+        tl.store(out + 3, a * C_xy / C_yy, seen)
+        tl.store(out + 4, 0.5 / C_yy, seen)
+        tl.store(out + 5, tl.log(o), seen)
+        for i in tl.static_range(3):
+            tl.store(out + 6 + i, tl.load(colors_ptr + own * 3 + i, seen, other=0.0), seen)
+            tl.store(out + 12 + i, -m[i] / norm, seen)
+        tl.store(out + 9, tl.sqrt(tx * tx + ty * ty + tz * tz), seen)
+        tl.store(out + 10, length * (m[0] / along - u / nl) / fx, seen)
+        tl.store(out + 11, length * (m[1] / along - v / nl) / fy, seen)
+
+    @triton.jit(do_not_specialize=["pairs", "rows", "steps"])
+    def _expand_kernel(
+        order_ptr,  # [rows] int64: rows, front to back
+        end_ptr,  # [rows] int64: where the pairs of each of these end
+        box_ptr, count_ptr,  # as above
+        tile_ptr,  # [pairs] int16 or int32 out: the pair's tile
+        row_ptr,  # [pairs] int32 out: the pair's row
+        pairs, rows, steps,  # 2^steps > rows
+        N, tiles_x, tiles, BLOCK: tl.constexpr,
+    ):
+        pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = pair < pairs
+        pair = tl.minimum(pair, pairs - 1)
+        low, high = tl.zeros_like(pair), tl.zeros_like(pair) + rows - 1
+        step = 0
+        while step < steps:  # the first that ends behind the pair
+            middle = low + (high - low) // 2
+            before = tl.load(end_ptr + middle) <= pair
+            low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
+            step += 1
+        row = tl.load(order_ptr + low)
+        place = (pair - tl.load(end_ptr + low) + tl.load(count_ptr + row)).to(tl.int32)
+        x0, y0, wide = _load3(box_ptr + row * 3, mask)
+        wide = tl.maximum(wide, 1)
+        tile = (row // N).to(tl.int32) * tiles + (y0 + place // wide) * tiles_x + x0 + place % wide
+        tl.store(tile_ptr + pair, tile.to(tile_ptr.dtype.element_ty), mask)
+        tl.store(row_ptr + pair, row.to(tl.int32), mask)
+
+    @triton.jit
+    def _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE: tl.constexpr, WARPS: tl.constexpr):
+        """The tile's view; its pixels' columns, lines, whether in the picture, ln: [pixels of a thread, WARPS, 32]."""
+        tile = tl.program_id(0)
+        view = tile // (tiles_x * tiles_y)
+        own = tl.arange(0, TILE * TILE // (32 * WARPS))[:, None, None] * (32 * WARPS)
+        pixel = own + tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        column = tile % tiles_x * TILE + pixel % TILE
+        line = tile // tiles_x % tiles_y * TILE + pixel // TILE
+        f = fxfycxcy_ptr + view * 4
+        ray_x = ((column + 0.5) / W - tl.load(f + 2)) / tl.load(f)
+        ray_y = ((line + 0.5) / H - tl.load(f + 3)) / tl.load(f + 1)
+        ln = tl.sqrt(ray_x * ray_x + ray_y * ray_y + 1)
+        return view.to(tl.int64), column, line, (column < W) & (line < H), ln
+
+    @triton.jit
+    def _load_splat(record_ptr, row, RECORD: tl.constexpr):
+        r = record_ptr + row.to(tl.int64) * RECORD
+        return (tl.load(r), tl.load(r + 1), tl.load(r + 2), tl.load(r + 3), tl.load(r + 4), tl.load(r + 5),
+                tl.load(r + 6), tl.load(r + 7), tl.load(r + 8), tl.load(r + 9), tl.load(r + 10), tl.load(r + 11),
+                tl.load(r + 12), tl.load(r + 13), tl.load(r + 14))
+
+    @triton.jit
+    def _blend(splat, column, line, T):
+        """dx, dy, raw, weight and the T behind, of one splat on a tile's pixels."""
+        dx, dy = splat[0] - column, splat[1] - line
+        e = splat[2] * dx - splat[3] * dy
+        raw = tl.exp(splat[5] - splat[4] * dy * dy - e * e)
+        raw = tl.where(raw > _ALPHA_MIN, raw, 0.0)
+        alpha = tl.minimum(raw, _ALPHA_MAX)
+        after = T * (1 - alpha)
+        return dx, dy, raw, tl.where(after >= _T_MIN, alpha * T, 0.0), 1 - alpha, after
+
+    @triton.jit
+    def _composite_kernel(
+        record_ptr,  # [rows, RECORD]
+        row_ptr,  # [pairs] int32: the rows that reach a tile, front to back, tile by tile
+        start_ptr,  # [tiles + 1] int32: where each tile's pairs begin
+        fxfycxcy_ptr, background_ptr,  # (B, V, 4), (3,)
+        image_ptr, alpha_ptr, depth_ptr, median_depth_ptr, normal_ptr,  # (B, V, ., H, W) out
+        norm_ptr,  # (B, V, H, W) out: |out_n|
+        median_ptr,  # (B, V, H, W) int32 out: the median's pair, or -1
+        stop_ptr,  # [tiles] int32 out: the first pair that was not looked at
+        H, W, tiles_x, tiles_y,
+        RECORD: tl.constexpr, BATCH: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
+    ):
+        view, column, line, inside, ln = _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE, WARPS)
+        px, py = column.to(tl.float32), line.to(tl.float32)
+        tile = tl.program_id(0)
+        pair, end = tl.load(start_ptr + tile), tl.load(start_ptr + tile + 1)
+        T = tl.where(inside, 1.0, 0.0)
+        zero = T * 0
+        red, green, blue, total, depth = zero, zero, zero, zero, zero
+        nx, ny, nz, median_depth, median = zero, zero, zero, zero, column * 0 - 1
+        if pair < end:
+            # A splat is fetched while the one before it is blended, its row one step earlier.
+            splat = _load_splat(record_ptr, tl.load(row_ptr + pair), RECORD)
+            row = tl.load(row_ptr + tl.minimum(pair + 1, end - 1))
+            open = tl.max(T)
+            while (pair < end) & (open >= _T_MIN):
+                pause = tl.minimum(pair + BATCH, end)
+                while pair < pause:
+                    following = _load_splat(record_ptr, row, RECORD)
+                    row = tl.load(row_ptr + tl.minimum(pair + 2, end - 1))
+                    dx, dy, raw, w, keep, after = _blend(splat, px, py, T)
+                    t = splat[9] + splat[10] * dx + splat[11] * dy
+                    red += w * splat[6]
+                    green += w * splat[7]
+                    blue += w * splat[8]
+                    total += w
+                    depth += w * t
+                    nx += w * splat[12]
+                    ny += w * splat[13]
+                    nz += w * splat[14]
+                    near = (w > 0) & (T > 0.5)
+                    median_depth = tl.where(near, t, median_depth)
+                    median = tl.where(near, pair, median)
+                    T = after
+                    splat = following
+                    pair += 1
+                open = tl.max(T)
+        tl.store(stop_ptr + tile, pair)
+
+        area = H * W
+        pixel = line * W + column
+        one = view * area + pixel
+        three = view * 3 * area + pixel
+        left = 1 - total
+        tl.store(image_ptr + three, red + left * tl.load(background_ptr), inside)
+        tl.store(image_ptr + three + area, green + left * tl.load(background_ptr + 1), inside)
+        tl.store(image_ptr + three + 2 * area, blue + left * tl.load(background_ptr + 2), inside)
+        tl.store(alpha_ptr + one, total, inside)
+        tl.store(depth_ptr + one, depth / (tl.maximum(total, 1e-12) * ln), inside)
+        tl.store(median_depth_ptr + one, median_depth / ln, inside)
+        norm = tl.sqrt(nx * nx + ny * ny + nz * nz)
+        tl.store(norm_ptr + one, norm, inside)
+        norm = tl.maximum(norm, 1e-12)
+        tl.store(normal_ptr + three, nx / norm, inside)
+        tl.store(normal_ptr + three + area, ny / norm, inside)
+        tl.store(normal_ptr + three + 2 * area, nz / norm, inside)
+        tl.store(median_ptr + one, median, inside)
+
+    @triton.jit
+    def _put(sums, COLUMN: tl.constexpr, value):
+        """The sum over each warp's pixels into one column of sums [WARPS, 32]: no warp waits for another here."""
+        return tl.where(tl.arange(0, 32)[None, :] == COLUMN, tl.sum(tl.sum(value, 0), 1)[:, None], sums)
+
+    @triton.jit
+    def _composite_backward_kernel(
+        record_ptr, row_ptr, start_ptr, stop_ptr,  # as in the forward kernel
+        fxfycxcy_ptr, background_ptr, image_ptr, alpha_ptr, depth_ptr, normal_ptr, norm_ptr, median_ptr,
+        g_image_ptr, g_alpha_ptr, g_depth_ptr, g_median_ptr, g_normal_ptr,  # (B, V, ., H, W); unused if not GEOMETRY
+        slot_ptr,  # [pairs] int64: where a pair's sums go; unused if not DETERMINISTIC
+        sums_ptr,  # [pairs if DETERMINISTIC else rows, RECORD] out: the sums over pixels, see _project_backward_kernel
+        H, W, tiles_x, tiles_y,
+        GEOMETRY: tl.constexpr,  # are there gradients of depth, median_depth, normal?
+        DETERMINISTIC: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
+    ):
+        view, column, line, inside, ln = _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE, WARPS)
+        px, py = column.to(tl.float32), line.to(tl.float32)
+        area = H * W
+        one = view * area + line * W + column
+        three = one + view * 2 * area
+        T = tl.where(inside, 1.0, 0.0)
+        tile = tl.program_id(0)
+        pair, stop = tl.load(start_ptr + tile), tl.load(stop_ptr + tile)
+        if pair < stop:
+            # g, the gradients of the sums; rest = g . out: depth and normal do not change with the length of out
+            b0, b1, b2 = tl.load(background_ptr), tl.load(background_ptr + 1), tl.load(background_ptr + 2)
+            g0 = tl.load(g_image_ptr + three, inside, other=0.0)
+            g1 = tl.load(g_image_ptr + three + area, inside, other=0.0)
+            g2 = tl.load(g_image_ptr + three + 2 * area, inside, other=0.0)
+            g_alpha = tl.load(g_alpha_ptr + one, inside, other=0.0)
+            alpha = tl.load(alpha_ptr + one, inside, other=0.0)
+            rest = g0 * (tl.load(image_ptr + three, inside, other=0.0) - b0)
+            rest += g1 * (tl.load(image_ptr + three + area, inside, other=0.0) - b1)
+            rest += g2 * (tl.load(image_ptr + three + 2 * area, inside, other=0.0) - b2)
+            rest += g_alpha * alpha
+            g_alpha -= g0 * b0 + g1 * b1 + g2 * b2
+            if GEOMETRY:
+                alpha = tl.maximum(alpha, 1e-12)
+                g_t = tl.load(g_depth_ptr + one, inside, other=0.0) / alpha
+                g_alpha -= g_t * tl.load(depth_ptr + one, inside, other=0.0)
+                g_t /= ln
+                g_median = tl.load(g_median_ptr + one, inside, other=0.0) / ln
+                median = tl.load(median_ptr + one, inside, other=-1)
+                n0 = tl.load(normal_ptr + three, inside, other=0.0)
+                n1 = tl.load(normal_ptr + three + area, inside, other=0.0)
+                n2 = tl.load(normal_ptr + three + 2 * area, inside, other=0.0)
+                gn0 = tl.load(g_normal_ptr + three, inside, other=0.0)
+                gn1 = tl.load(g_normal_ptr + three + area, inside, other=0.0)
+                gn2 = tl.load(g_normal_ptr + three + 2 * area, inside, other=0.0)
+                along = n0 * gn0 + n1 * gn1 + n2 * gn2
+                norm = tl.maximum(tl.load(norm_ptr + one, inside, other=1.0), 1e-12)
+                gn0, gn1, gn2 = (gn0 - n0 * along) / norm, (gn1 - n1 * along) / norm, (gn2 - n2 * along) / norm
+
+            lane = tl.arange(0, 32)
+            row = tl.load(row_ptr + pair)
+            splat = _load_splat(record_ptr, row, RECORD)
+            next_row = tl.load(row_ptr + tl.minimum(pair + 1, stop - 1))
+            while pair < stop:
+                following = _load_splat(record_ptr, next_row, RECORD)
+                last_row = tl.load(row_ptr + tl.minimum(pair + 2, stop - 1))
+                dx, dy, raw, w, keep, after = _blend(splat, px, py, T)
+                value = g0 * splat[6] + g1 * splat[7] + g2 * splat[8] + g_alpha
+                if GEOMETRY:
+                    value += g_t * (splat[9] + splat[10] * dx + splat[11] * dy)
+                    value += gn0 * splat[12] + gn1 * splat[13] + gn2 * splat[14]
+                rest -= w * value
+                g = tl.where(w > 0, raw * (T * value - rest / keep), 0.0)
+                gx, gy = g * dx, g * dy
+                sums = tl.zeros([WARPS, 32], tl.float32)
+                sums = _put(sums, 0, g)
+                sums = _put(sums, 1, gx)
+                sums = _put(sums, 2, gy)
+                sums = _put(sums, 3, gx * dx)
+                sums = _put(sums, 4, gx * dy)
+                sums = _put(sums, 5, gy * dy)
+                sums = _put(sums, 6, w * g0)
+                sums = _put(sums, 7, w * g1)
+                sums = _put(sums, 8, w * g2)
+                if GEOMETRY:
+                    wt = w * g_t + tl.where(median == pair, g_median, 0.0)
+                    sums = _put(sums, 9, wt)
+                    sums = _put(sums, 10, wt * dx)
+                    sums = _put(sums, 11, wt * dy)
+                    sums = _put(sums, 12, w * gn0)
+                    sums = _put(sums, 13, w * gn1)
+                    sums = _put(sums, 14, w * gn2)
+                if DETERMINISTIC:
+                    slot = tl.load(slot_ptr + pair)
+                    tl.store(sums_ptr + slot * RECORD + lane, tl.sum(sums, 0), lane < RECORD)
+                else:
+                    tl.atomic_add(sums_ptr + row.to(tl.int64) * RECORD + lane, tl.sum(sums, 0),
+                                  lane < RECORD - 1, sem="relaxed")
+                T = after
+                splat = following
+                row, next_row = next_row, last_row
+                pair += 1
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _add_pairs_kernel(
+        order_ptr, end_ptr, count_ptr,  # as above
+        pair_sums_ptr,  # [pairs, RECORD]: the sums of each tile, in the order before the sort by tiles
+        sums_ptr,  # [rows, RECORD] out, written where count > 0
+        rows, ROWS: tl.constexpr, RECORD: tl.constexpr,
+    ):
+        """Deterministic: each row's tiles in a fixed order."""
+        rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.load(order_ptr + rank, rank < rows, other=0)
+        count = tl.load(count_ptr + row, rank < rows, other=0)
+        start = tl.load(end_ptr + rank, rank < rows, other=0) - count
+        lane = tl.arange(0, RECORD)[None, :]
+        total = tl.zeros([ROWS, RECORD], tl.float32)
+        most = tl.max(count)
+        step = 0
+        while step < most:
+            total += tl.load(pair_sums_ptr + (start + step)[:, None] * RECORD + lane, (count > step)[:, None], other=0.0)
+            step += 1
+        tl.store(sums_ptr + row[:, None] * RECORD + lane, total, (count > 0)[:, None])
+
+    @triton.jit
+    def _project_backward_kernel(
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr, c2w_ptr, fxfycxcy_ptr, count_ptr,  # as in _project_kernel
+        sums_ptr,  # [B V N, RECORD]: sum of g, g dx, g dy, g dx dx, g dx dy, g dy dy with g = dL/dlog raw,
+        #            then of w dL/dout_colour; of s, s dx, s dy with s = dL/dt; of w dL/dout_n; -
+        g_means_ptr, g_quats_ptr, g_scales_ptr, g_opacities_ptr, g_colors_ptr,  # (B, N, .) out
+        V, N, H, W,
+        GEOMETRY: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """A Gaussian per lane, one view after another: no atomics."""
+        blocks = tl.cdiv(N, BLOCK)
+        b = tl.program_id(0) // blocks
+        n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+        mask = n < N
+        own = b.to(tl.int64) * N + n
+        mean, scales = _load3(means_ptr + own * 3, mask), _load3(scales_ptr + own * 3, mask)
+        q = quats_ptr + own * 4
+        qw = tl.load(q, mask, other=1.0)
+        qx, qy, qz = _load3(q + 1, mask)
+        opacity = tl.load(opacities_ptr + own, mask, other=1.0)
+        A = _axes(qw, qx, qy, qz)
+        s, D = _shrinking(scales)
+        cof = _cross(A[1], A[2]), _cross(A[2], A[0]), _cross(A[0], A[1])
+
+        zero = tl.zeros([BLOCK], tl.float32)
+        zeros = zero, zero, zero
+        g_mean, g_scale, g_color, g_log_opacity = zeros, zeros, zeros, zero
+        g_A0, g_A1, g_A2, g_cof0, g_cof1, g_cof2 = zeros, zeros, zeros, zeros, zeros, zeros
+        view, stop = b * V, b * V + V
+        while view < stop:
+            camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
+            right, down, forward, origin, fx, fy, cx, cy = camera
+            row = view.to(tl.int64) * N + n
+            seen = tl.load(count_ptr + row, mask, other=0) > 0
+            sums = sums_ptr + row * RECORD
+            one, sx, sy = _load3(sums, seen)
+            sxx, sxy, syy = _load3(sums + 3, seen)
+            g_color = _add(g_color, 1.0, _load3(sums + 6, seen))
+
+            tx, ty, tz = _center(mean, camera)
+            tz = tl.where(seen, tz, 1.0)
+            u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), A, scales, camera, H, W)
+            C_xy, C_yy, det = _dot(ex, ey), tl.where(seen, _dot(ey, ey), 1.0), tl.where(seen, _dot(c, c), 1.0)
+            a = tl.sqrt(C_yy / (2 * det))
+            r, h = a * C_xy / C_yy, 0.5 / C_yy
+
+            # log raw = log o - h dy^2 - (a dx - r dy)^2
+            ge = a * sx - r * sy
+            g_x, g_y = -2 * a * ge, 2 * r * ge - 2 * h * sy
+            g_a, g_r = 2 * (r * sxy - a * sxx), 2 * (a * sxy - r * syy)
+            g_log_opacity += one
+            # r = a C_xy / C_yy,  a^2 = C_yy / 2 det,  h = 1 / 2 C_yy,  o^2 / opacity^2 = det / (det + eps) + eps
+            g_a += g_r * C_xy / C_yy
+            g_C_xy = g_r * a / C_yy
+            g_C_yy = (0.5 * a * g_a - r * g_r + h * syy) / C_yy
+            seen_det = det + _VANISHING
+            g_det = -0.5 * a * g_a / det
+            g_det += one * 0.5 * _VANISHING / (seen_det * seen_det * (det / seen_det + _VANISHING))
+            # C_xy = ex . ey,  C_yy = ey . ey,  det = |c|^2,  c = ex x ey
+            across = _cross(ey, c)
+            g_ex = 2 * g_det * across[0], 2 * g_det * across[1], 2 * g_det * across[2]
+            g_ex = _add(g_ex, g_C_xy, ey)
+            g_ey = _add(_add((zero, zero, zero), g_C_xy, ex), 2 * g_C_yy, ey)
+            g_ey = _add(g_ey, 2 * g_det, _cross(c, ex))
+            # ex_k = s_k (jx . A_k)
+            g_s0 = g_ex[0] * _dot(jx, A[0]) + g_ey[0] * _dot(jy, A[0])
+            g_s1 = g_ex[1] * _dot(jx, A[1]) + g_ey[1] * _dot(jy, A[1])
+            g_s2 = g_ex[2] * _dot(jx, A[2]) + g_ey[2] * _dot(jy, A[2])
+            x0, x1, x2 = g_ex[0] * scales[0], g_ex[1] * scales[1], g_ex[2] * scales[2]
+            y0, y1, y2 = g_ey[0] * scales[0], g_ey[1] * scales[1], g_ey[2] * scales[2]
+            g_A0, g_A1, g_A2 = _add(g_A0, x0, jx), _add(g_A1, x1, jx), _add(g_A2, x2, jx)
+            g_A0, g_A1, g_A2 = _add(g_A0, y0, jy), _add(g_A1, y1, jy), _add(g_A2, y2, jy)
+            g_jx = _add(_add(_add((zero, zero, zero), x0, A[0]), x1, A[1]), x2, A[2])
+            g_jy = _add(_add(_add((zero, zero, zero), y0, A[0]), y1, A[1]), y2, A[2])
+            # jx = fx / tz (right - u forward)
+            g_tz = -(_dot(g_jx, jx) + _dot(g_jy, jy)) / tz
+            g_u, g_v = -fx / tz * _dot(g_jx, forward), -fy / tz * _dot(g_jy, forward)
+            g_tx, g_ty = zero, zero
+
+            if GEOMETRY:
+                g_t, g_px, g_py = zero, zero, zero
+                g_t, g_px, g_py = _load3(sums + 9, seen)
+                gn = _load3(sums + 12, seen)
+                ray = _add(_add(forward, u, right), v, down)  # in world space, like all of this block
+                z, m = _facing(ray, cof, D)
+                norm = tl.maximum(tl.sqrt(_dot(m, m)), 1e-30)
+                mx, my = _dot(right, m), _dot(down, m)
+                bound = 1e-7 * norm
+                ahead = _dot(m, ray)
+                q_den = tl.maximum(ahead, bound)
+                nl = 1 + u * u + v * v
+                root = tl.sqrt(nl)
+                q_x, q_y = mx / q_den, my / q_den
+                # t = |t| + p . d
+                g_px_scaled, g_py_scaled = g_px / fx, g_py / fy
+                p_x, p_y = tz * root * (q_x - u / nl) / fx, tz * root * (q_y - v / nl) / fy
+                g_x += p_x * g_t
+                g_y += p_y * g_t
+                far = tl.sqrt(tx * tx + ty * ty + tz * tz)
+                g_tx += g_t * tx / far
+                g_ty += g_t * ty / far
+                g_tz += g_t * tz / far
+                # p_x = tz sqrt(nl) (q_x - u / nl) / fx
+                g_length = g_px_scaled * (q_x - u / nl) + g_py_scaled * (q_y - v / nl)
+                g_tz += g_length * root
+                along = (g_px_scaled * u + g_py_scaled * v) / nl
+                g_u += g_length * tz * u / root + tz * root * (2 * u * along - g_px_scaled) / nl
+                g_v += g_length * tz * v / root + tz * root * (2 * v * along - g_py_scaled) / nl
+                # q = m / max(m . ray, 1e-7 |m|),  n = -m / |m|
+                g_qx, g_qy = tz * root * g_px_scaled, tz * root * g_py_scaled
+                g_den = -(g_qx * q_x + g_qy * q_y) / q_den
+                unit = m[0] / norm, m[1] / norm, m[2] / norm
+                gn = _add(_add(_add((zero, zero, zero), gn[0], right), gn[1], down), gn[2], forward)
+                g_m = _add(_add((zero, zero, zero), -1 / norm, gn), _dot(unit, gn) / norm, unit)
+                g_m = _add(_add(g_m, g_qx / q_den, right), g_qy / q_den, down)
+                g_m = _add(g_m, tl.where(ahead > bound, g_den, 0.0), ray)
+                g_m = _add(g_m, tl.where(ahead > bound, 0.0, 1e-7 * g_den), unit)
+                g_ray = _add((zero, zero, zero), tl.where(ahead > bound, g_den, 0.0), m)
+                # m = sum_k D_k z_k cof_k,  z_k = cof_k . ray,  D_k = (s_min / s_k)^2 with a constant s_min
+                y0, y1, y2 = _dot(cof[0], g_m), _dot(cof[1], g_m), _dot(cof[2], g_m)
+                g_s0 -= tl.where(scales[0] >= 1e-12, 2 * y0 * z[0] * D[0] / s[0], 0.0)
+                g_s1 -= tl.where(scales[1] >= 1e-12, 2 * y1 * z[1] * D[1] / s[1], 0.0)
+                g_s2 -= tl.where(scales[2] >= 1e-12, 2 * y2 * z[2] * D[2] / s[2], 0.0)
+                g_cof0 = _add(_add(g_cof0, D[0] * z[0], g_m), D[0] * y0, ray)
+                g_cof1 = _add(_add(g_cof1, D[1] * z[1], g_m), D[1] * y1, ray)
+                g_cof2 = _add(_add(g_cof2, D[2] * z[2], g_m), D[2] * y2, ray)
+                g_ray = _add(_add(_add(g_ray, D[0] * y0, cof[0]), D[1] * y1, cof[1]), D[2] * y2, cof[2])
+                g_u += _dot(right, g_ray)
+                g_v += _dot(down, g_ray)
+
+            # u = tx / tz where it is not clamped,  x = fx tx / tz + cx - 1/2
+            g_u = fx * g_x + tl.where(tl.abs(tx / tz) <= _FOV_MARGIN * W / 2 / fx, g_u, 0.0)
+            g_v = fy * g_y + tl.where(tl.abs(ty / tz) <= _FOV_MARGIN * H / 2 / fy, g_v, 0.0)
+            g_tx += g_u / tz
+            g_ty += g_v / tz
+            g_tz -= (g_u * tx + g_v * ty) / (tz * tz)
+            g_mean = _add(_add(_add(g_mean, g_tx, right), g_ty, down), g_tz, forward)
+            g_scale = g_scale[0] + g_s0, g_scale[1] + g_s1, g_scale[2] + g_s2
+            view += 1
+
+        if GEOMETRY:  # cof_0 = A_1 x A_2, ...
+            g_A0 = _add(_add(g_A0, 1.0, _cross(A[1], g_cof2)), 1.0, _cross(g_cof1, A[2]))
+            g_A1 = _add(_add(g_A1, 1.0, _cross(A[2], g_cof0)), 1.0, _cross(g_cof2, A[0]))
+            g_A2 = _add(_add(g_A2, 1.0, _cross(A[0], g_cof1)), 1.0, _cross(g_cof0, A[1]))
+        # A_0 = (1 - 2 (y y + z z), 2 (x y + w z), 2 (x z - w y)), ...
+        g_qw = qz * (g_A0[1] - g_A1[0]) + qy * (g_A2[0] - g_A0[2]) + qx * (g_A1[2] - g_A2[1])
+        g_qx = qy * (g_A0[1] + g_A1[0]) + qz * (g_A0[2] + g_A2[0]) + qw * (g_A1[2] - g_A2[1])
+        g_qy = qx * (g_A0[1] + g_A1[0]) + qz * (g_A1[2] + g_A2[1]) + qw * (g_A2[0] - g_A0[2])
+        g_qz = qx * (g_A0[2] + g_A2[0]) + qy * (g_A1[2] + g_A2[1]) + qw * (g_A0[1] - g_A1[0])
+        g_qx -= 2 * qx * (g_A1[1] + g_A2[2])
+        g_qy -= 2 * qy * (g_A0[0] + g_A2[2])
+        g_qz -= 2 * qz * (g_A0[0] + g_A1[1])
+        tl.store(g_quats_ptr + own * 4, 2 * g_qw, mask)
+        tl.store(g_quats_ptr + own * 4 + 1, 2 * g_qx, mask)
+        tl.store(g_quats_ptr + own * 4 + 2, 2 * g_qy, mask)
+        tl.store(g_quats_ptr + own * 4 + 3, 2 * g_qz, mask)
+        tl.store(g_opacities_ptr + own, g_log_opacity / tl.where(opacity > 0, opacity, 1.0), mask)
+        for i in tl.static_range(3):
+            tl.store(g_means_ptr + own * 3 + i, g_mean[i], mask)
+            tl.store(g_scales_ptr + own * 3 + i, g_scale[i], mask)
+            tl.store(g_colors_ptr + own * 3 + i, g_color[i], mask)
+
+
+class _Rasterize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, means, quats, scales, opacities, colors, c2w, fxfycxcy, background, H, W, deterministic):
+        inputs = [x.contiguous() for x in (means, quats, scales, opacities, colors, c2w, fxfycxcy, background)]
+        means, quats, scales, opacities, colors, c2w, fxfycxcy, background = inputs
+        (B, V), N = c2w.shape[:2], means.shape[1]
+        tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
+        rows, tiles = B * V * N, B * V * tiles_x * tiles_y
+        new = dict(device=means.device)
+        with torch.cuda.device_of(means):
+            record, depth = torch.empty(rows, RECORD, **new), torch.empty(rows, **new)
+            box = torch.empty(rows, 3, dtype=torch.int32, **new)
+            count = torch.empty(rows, dtype=torch.int32, **new)
+            if rows:
+                _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
+                    *inputs[:7], record, depth, box, count, V, N, H, W, TILE=GPU_TILE, RECORD=RECORD, **LANES)
+            # Front to back first, then by tile: both sorts are stable, and keep their keys short.
+            order = depth.sort(stable=True)[1]
+            end = count[order].cumsum(0)
+            pairs = int(end[-1]) if rows else 0  # the one time that the host waits
+            if pairs >= 2**31:
+                raise ValueError(f"rasterize: {pairs} pairs of a Gaussian and a tile: use a smaller batch")
+            tile = torch.empty(pairs, dtype=torch.int16 if tiles < 2**15 - 1 else torch.int32, **new)
+            row = torch.empty(pairs, dtype=torch.int32, **new)
+            if pairs:
+                _expand_kernel[(triton.cdiv(pairs, LANES["BLOCK"]),)](
+                    order, end, box, count, tile, row, pairs, rows, rows.bit_length(), N, tiles_x,
+                    tiles_x * tiles_y, **LANES)
+            tile, slot = tile.sort(stable=True)
+            row = row[slot]
+            start = torch.searchsorted(tile, torch.arange(tiles + 1, dtype=tile.dtype, **new), out_int32=True)
+            image, normal = (torch.empty(B, V, 3, H, W, **new) for _ in range(2))
+            alpha, depth, median_depth = (torch.empty(B, V, 1, H, W, **new) for _ in range(3))
+            norm, median = torch.empty(B, V, H, W, **new), torch.empty(B, V, H, W, dtype=torch.int32, **new)
+            stop = torch.empty(tiles, dtype=torch.int32, **new)
+            if tiles:
+                _composite_kernel[(tiles,)](
+                    record, row, start, fxfycxcy, background, image, alpha, depth, median_depth, normal, norm,
+                    median, stop, H, W, tiles_x, tiles_y, RECORD=RECORD, BATCH=BATCH, **COMPOSITE)
+        ctx.save_for_backward(*inputs, record, count, row, start, stop, image, alpha, depth, normal, norm, median,
+                              *((slot, order, end) if deterministic else ()))
+        ctx.deterministic = deterministic
+        ctx.set_materialize_grads(False)
+        return image, alpha, depth, median_depth, normal
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        means, quats, scales, opacities, colors, c2w, fxfycxcy, background, *saved = ctx.saved_tensors
+        record, count, row, start, stop, image, alpha, depth, normal, norm, median, *lists = saved
+        (B, V, _, H, W), N = image.shape, means.shape[1]
+        if means.numel() == 0:
+            return *map(torch.zeros_like, (means, quats, scales, opacities, colors)), *6 * (None,)
+        geometry = any(g is not None for g in gradients[2:])
+        wanted = [image, alpha] + (3 * [None] if not geometry else [depth, depth, normal])
+        gradients = [x if x is None else torch.zeros_like(x) if g is None else g.contiguous()
+                     for g, x in zip(gradients, wanted)]
+        gradients = [image if g is None else g for g in gradients]  # never read
+        slot, order, end = lists or 3 * (start,)
+        tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
+        with torch.cuda.device_of(means):
+            sums = torch.zeros(len(row) if ctx.deterministic else len(record), RECORD, device=means.device)
+            if len(row):
+                _composite_backward_kernel[(len(stop),)](
+                    record, row, start, stop, fxfycxcy, background, image, alpha, depth, normal, norm, median,
+                    *gradients, slot, sums, H, W, tiles_x, tiles_y, GEOMETRY=geometry,
+                    DETERMINISTIC=ctx.deterministic, RECORD=RECORD, **COMPOSITE)
+            if ctx.deterministic and len(row):
+                pair_sums, sums = sums, torch.empty_like(record)
+                _add_pairs_kernel[(triton.cdiv(len(record), 32),)](
+                    order, end, count, pair_sums, sums, len(record), ROWS=32, RECORD=RECORD, num_warps=4)
+            grads = [torch.empty_like(x) for x in (means, quats, scales, opacities, colors)]
+            _project_backward_kernel[(B * triton.cdiv(N, LANES["BLOCK"]),)](
+                means, quats, scales, opacities, c2w, fxfycxcy, count, sums, *grads, V, N, H, W,
+                GEOMETRY=geometry, RECORD=RECORD, **LANES)
+        return *grads, *6 * (None,)
+
+
 # ---- the public function -----------------------------------------------------------------------------------
 
 
@@ -326,6 +983,22 @@ def rasterize(
         raise ValueError(f"means: wanted floats, got {means.dtype}")
     if height < 1 or width < 1:
         raise ValueError(f"height, width: wanted at least 1 x 1, got {height} x {width}")
-    if backend not in (None, "torch"):
+    if backend is None:
+        backend = "triton" if means.is_cuda and triton is not None and means.dtype == torch.float32 else "torch"
+    if backend not in ("torch", "triton"):
         raise ValueError(f"backend: wanted 'torch', 'triton' or None, got {backend!r}")
-    return _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, height, width, background)
+    inputs = (means, quats, scales, opacities, colors, c2w, fxfycxcy)
+    if backend == "torch":
+        if deterministic and means.is_cuda:
+            raise ValueError("deterministic: on a GPU it needs float32 and backend 'triton'")
+        return _rasterize_torch(*inputs, height, width, background)
+    if triton is None:
+        raise ValueError("backend 'triton' was asked for, but triton is not installed")
+    if not means.is_cuda and isinstance(_project_kernel, triton.JITFunction):
+        raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 in the environment")
+    if means.dtype != torch.float32:
+        raise ValueError(f"backend 'triton' computes in float32, got {means.dtype} (use backend='torch')")
+    for name, constant in (("c2w", c2w), ("fxfycxcy", fxfycxcy), ("background", background)):
+        if constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: backend 'triton' wants a constant, got a tensor that requires grad: detach it")
+    return Render(*_Rasterize.apply(*inputs, background, height, width, deterministic))
