@@ -292,8 +292,8 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
-GPU_TILE = 16  # pixels along a tile's side: a program each
-WARPS = 4  # of a tile's program; GPU_TILE^2 has to be a multiple of 32 WARPS
+GPU_TILE = 8  # pixels along a tile's side: a program each
+WARPS = 1  # of a tile's program; GPU_TILE^2 is a multiple of 32 WARPS. One warp never waits for another
 BATCH = 16  # Gaussians between two looks at whether a tile is opaque
 RECORD = 16  # floats per Gaussian and view
 COMPOSITE = dict(TILE=GPU_TILE, WARPS=WARPS, num_warps=WARPS, enable_fp_fusion=True)
@@ -379,6 +379,15 @@ if triton is not None:
         return s, (r0 * r0, r1 * r1, r2 * r2)
 
     @triton.jit
+    def _pack(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p):
+        """[BLOCK, 16], for stores of whole lines of memory."""
+        a, b, c, d = tl.join(a, i), tl.join(b, j), tl.join(c, k), tl.join(d, l)
+        e, f, g, h = tl.join(e, m), tl.join(f, n), tl.join(g, o), tl.join(h, p)
+        a, b, c, d = tl.join(a, e), tl.join(b, f), tl.join(c, g), tl.join(d, h)
+        a, b = tl.join(a, c), tl.join(b, d)
+        return tl.reshape(tl.join(a, b), [a.shape[0], 16])
+
+    @triton.jit
     def _project_kernel(
         means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
         c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
@@ -437,19 +446,12 @@ if triton is not None:
         nl = 1 + u * u + v * v
         length = tz * tl.sqrt(nl)
         a = tl.sqrt(C_yy / (2 * det))
-        out = record_ptr + row * RECORD
-        tl.store(out, x, seen)
-        tl.store(out + 1, y, seen)
-        tl.store(out + 2, a, seen)
-        tl.store(out + 3, a * C_xy / C_yy, seen)
-        tl.store(out + 4, 0.5 / C_yy, seen)
-        tl.store(out + 5, tl.log(o), seen)
-        for i in tl.static_range(3):
-            tl.store(out + 6 + i, tl.load(colors_ptr + own * 3 + i, seen, other=0.0), seen)
-            tl.store(out + 12 + i, -m[i] / norm, seen)
-        tl.store(out + 9, tl.sqrt(tx * tx + ty * ty + tz * tz), seen)
-        tl.store(out + 10, length * (m[0] / along - u / nl) / fx, seen)
-        tl.store(out + 11, length * (m[1] / along - v / nl) / fy, seen)
+        t = tl.sqrt(tx * tx + ty * ty + tz * tz)
+        p_x, p_y = length * (m[0] / along - u / nl) / fx, length * (m[1] / along - v / nl) / fy
+        red, green, blue = _load3(colors_ptr + own * 3, seen)
+        record = _pack(x, y, a, a * C_xy / C_yy, 0.5 / C_yy, tl.log(o), red, green, blue, t, p_x, p_y,
+                       -m[0] / norm, -m[1] / norm, -m[2] / norm, t)
+        tl.store(record_ptr + row[:, None] * RECORD + tl.arange(0, RECORD)[None, :], record, seen[:, None])
 
     @triton.jit(do_not_specialize=["pairs", "rows", "steps"])
     def _expand_kernel(
@@ -486,6 +488,7 @@ if triton is not None:
         view = tile // (tiles_x * tiles_y)
         own = tl.arange(0, TILE * TILE // (32 * WARPS))[:, None, None] * (32 * WARPS)
         pixel = own + tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        pixel = tl.max_contiguous(pixel, [1, 1, 1])  # or Triton would give neighbours to one thread: other layouts
         column = tile % tiles_x * TILE + pixel % TILE
         line = tile // tiles_x % tiles_y * TILE + pixel // TILE
         f = fxfycxcy_ptr + view * 4
@@ -537,8 +540,8 @@ if triton is not None:
             # A splat is fetched while the one before it is blended, its row one step earlier.
             splat = _load_splat(record_ptr, tl.load(row_ptr + pair), RECORD)
             row = tl.load(row_ptr + tl.minimum(pair + 1, end - 1))
-            open = tl.max(T)
-            while (pair < end) & (open >= _T_MIN):
+            clearest = tl.max(T)
+            while (pair < end) & (clearest >= _T_MIN):
                 pause = tl.minimum(pair + BATCH, end)
                 while pair < pause:
                     following = _load_splat(record_ptr, row, RECORD)
@@ -559,7 +562,7 @@ if triton is not None:
                     T = after
                     splat = following
                     pair += 1
-                open = tl.max(T)
+                clearest = tl.max(T)
         tl.store(stop_ptr + tile, pair)
 
         area = H * W
@@ -672,8 +675,8 @@ if triton is not None:
                     slot = tl.load(slot_ptr + pair)
                     tl.store(sums_ptr + slot * RECORD + lane, tl.sum(sums, 0), lane < RECORD)
                 else:
-                    tl.atomic_add(sums_ptr + row.to(tl.int64) * RECORD + lane, tl.sum(sums, 0),
-                                  lane < RECORD - 1, sem="relaxed")
+                    place = sums_ptr + row.to(tl.int64) * RECORD + lane[None, :] + tl.zeros([WARPS, 32], tl.int32)
+                    tl.atomic_add(place, sums, sums != 0, sem="relaxed")
                 T = after
                 splat = following
                 row, next_row = next_row, last_row
