@@ -18,9 +18,9 @@ which samples from (prior x reward) instead of climbing the reward alone, and so
 mathematics"). The file reads from top to bottom; every section says what it needs, so that it can be lifted:
 
     1 constants and words    5 NoiseSchedule      9 the loss
-    2 Config                 6 bases             11 train
-    3 cameras                7 rewards           12 evaluate
-    4 Gaussians              8 rollout           13 command line
+    2 Config                 6 bases             10 train
+    3 cameras                7 rewards           11 evaluate
+    4 Gaussians              8 rollout           12 command line
 
 Run it:   python r2d3.py --reward aesthetic                        # minutes on two CPU cores, no download
           python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
@@ -962,7 +962,7 @@ def kernel_backend(config: Config) -> str | None:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 11. Train
+# 10. Train
 # One loop. Every epoch draws its randomness from a generator of its own, seeded by (seed, epoch, process), so
 # a resumed run continues bit for bit without stored random states.
 # Several GPUs: torchrun --nproc-per-node N r2d3.py ...
@@ -1192,7 +1192,7 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 12. Evaluate
+# 11. Evaluate
 # The paper's protocol: prompts that were never trained on, the same seeds and views before and after.
 # Needs: sections 3 to 8.
 # -----------------------------------------------------------------------------------------------------------
@@ -1394,7 +1394,7 @@ def curves(rows: list[dict]) -> bytes:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 13. Command line
+# 12. Command line
 # -----------------------------------------------------------------------------------------------------------
 
 

@@ -62,9 +62,9 @@ def test_readme_commands_parse():
     assert any(command == "python r2d3.py --reward aesthetic" for command in commands)
     for command in commands:
         program, *arguments = shlex.split(command)[1:]
-        if program == "r2d3.py":
+        if program == "r2d3.py" and arguments != ["--help"]:
             r2d3.resolve(r2d3.parse(arguments)[1])
-        elif program != "-m":
+        elif program not in ("-m", "r2d3.py"):
             assert (ROOT / program).is_file(), command
 
 
@@ -147,3 +147,17 @@ def test_weights_of_another_network_are_refused(monkeypatch, capsys, tmp_path):
     for name, word in {"shape": "proj_out.bias", "missing": "proj_out.bias", "foreign": "make_shapes", "bare": "make_shapes"}.items():
         code, text = run(monkeypatch, capsys, "--weights", f"{name}.safetensors")
         assert code == 2 and word in text, text
+
+
+def test_readme_links_lead_to_the_sections():
+    lines = (ROOT / "r2d3.py").read_text().splitlines()
+    links = re.findall(r"\[(\d+) ([^\]]+)\]\(r2d3\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    banners = [line[2:] for line in lines if re.match(r"# \d+\. ", line)]
+    assert [f"{number}. {title}" for number, title, _ in links] == banners
+    for number, title, line in links:
+        assert lines[int(line) - 1] == f"# {number}. {title}"
+
+
+def test_readme_pictures_exist():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(pictures) >= 2 and all((ROOT / picture).is_file() for picture in pictures)
