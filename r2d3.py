@@ -166,6 +166,8 @@ def resolve(config: Config) -> Config:
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0][:80]
         raise UserError(f"--device {config.device} cannot be used here ({why})") from None
+    if config.backend == "triton" and config.device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed"}
     for name, value in dataclasses.asdict(config).items():
         if type(value) in (int, float) and not (value >= 0 if name in may_be_zero else value > 0):

@@ -91,6 +91,7 @@ def test_readme_commands_parse():
     (["--weights", "nowhere.safetensors"], ["nowhere.safetensors", "make_shapes"]),
     (["--run", "somewhere"], ["--run", "--resume"]),
     (["--resume"], ["--resume", "no checkpoint"]),
+    (["--backend", "triton", "--device", "cpu"], ["--backend triton", "GPU"]),
     (["--device", "abacus"], ["abacus"]),
     (["sample"], ["--prompts"]),
     (["sample", "--prompts", "a red cube", "--run", "nowhere"], ["nowhere"]),

@@ -165,6 +165,15 @@ def test_sample_writes_what_viewers_open(two_epochs, tmp_path):
         assert path.with_suffix(".png").is_file() and path.with_suffix(".gif").is_file()
 
 
+def test_sample_without_a_run_samples_the_base(two_epochs, tmp_path):
+    settings = {"prompts": "a red cube", "steps": 6, "samples_per_prompt": 1}
+    base, = r2d3.sample(r2d3.Config(out=str(tmp_path / "base"), **settings))
+    tuned, = r2d3.sample(r2d3.Config(out=str(tmp_path / "tuned"), run=str(two_epochs[0]), **settings))
+    assert base.read_bytes() != tuned.read_bytes()
+    again, = r2d3.sample(r2d3.Config(out=str(tmp_path / "again"), **settings))
+    assert again.read_bytes() == base.read_bytes()
+
+
 def test_evaluate_a_run_and_the_base(two_epochs, prompt_files):
     out, summary = two_epochs
     again = r2d3.evaluate(r2d3.Config(run=str(out)))
