@@ -167,7 +167,8 @@ def test_base_has_the_recorded_rays():
     net = torch.nn.Linear(1, 1)
     net.set_attn_processor, net.attn_processors = lambda processors: None, {}
     options = dict(image_size=256, prediction_type="epsilon", guidance=1.0, betas={},
-                   latent_mean=torch.zeros(1), latent_std=torch.ones(1), scale_range=(0.1, 0.2), depth_scale=1.0, device="cpu")
+                   latent_mean=torch.zeros(1), latent_std=torch.ones(1), scale_range=(0.1, 0.2),
+                   depth_scale=1.0, device="cpu")
     base = r2d3.DiffSplat(net, vae, None, half_image_shift=True, **options)
     assert base.latent_shape == (4, 4, 32, 32)
     assert close(base.plucker, d["plucker_latent_256_to_32"], 5e-7)
@@ -534,7 +535,8 @@ def tiny_pixart(weights):
     from diffusers import PixArtTransformer2DModel
     net = PixArtTransformer2DModel(
         num_layers=2, num_attention_heads=4, attention_head_dim=8, in_channels=10, out_channels=8,
-        sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=24, use_additional_conditions=False)
+        sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=24,
+        use_additional_conditions=False)
     net.load_state_dict({name[3:]: value.float() for name, value in weights.items() if name[:3] == "sd."})
     r2d3.join_views(net, 4)
     return net.eval()
