@@ -1,22 +1,25 @@
 """rasterize: differentiable splatting of Gaussians, all objects and all views in one call.
 
-Colour, alpha, expected depth, median depth and normals in one pass, with the semantics of RaDe-GS, the rasteriser
-that DiffSplat and Nabla-R2D3 render with. Lift this file on its own: it needs torch.
+Colour, alpha, expected depth, median depth and normals in one pass, with the semantics of RaDe-GS, the
+rasteriser that DiffSplat and Nabla-R2D3 render with. Lift this file on its own: it needs torch, and triton
+where a GPU is to be used.
 
 Mathematics. Camera axes: x right, y down, z forward. One Gaussian in one view:
 
-    A = R_wc R(q), S = A diag(s)^2 A^T      R(q) is the polynomial of q as it is: like the published rasteriser,
-                                            and unlike gsplat, q is not normalised here
+    A = R_wc R(q), S = A diag(s)^2 A^T      R(q) is the polynomial of q as it is: like the published
+                                            rasteriser, and unlike gsplat, q is not normalised here
     t = (tx, ty, tz)                        the centre; dropped unless tz > 0.2
-    u = tx/tz, v = ty/tz                    clamped to 1.3 tan(fov/2) in all that follows, not in the position xy
+    u = tx/tz, v = ty/tz                    clamped to 1.3 tan(fov/2) in all that follows, not in xy
     J = [[fx/tz, 0, -fx u/tz], [0, fy/tz, -fy v/tz]]                  fx, fy in pixels
-    C = J S J^T                             no dilation. det C = |J0 M x J1 M|^2 with M = A diag(s): no cancellation
+    C = J S J^T                             no dilation. det C = |J0 M x J1 M|^2 with M = A diag(s) is exact
     o = opacity sqrt(det C / (det C + 1e-6) + 1e-6)                   dropped if det C <= 1e-6 (as published)
-    raw_i = o exp(-d_i^T C^-1 d_i / 2)      d_i = xy - pixel_i; pixel (row, column) has its centre at (column, row)
-          = exp(log o - h dy^2 - (a dx - r dy)^2)       h = 1 / 2 C_yy,  a^2 = C_yy / 2 det C,  r = a C_xy / C_yy
-    alpha_i = min(raw_i, 0.99)              0 below 1/255: outside of a box of half sides sqrt(2 ln(255 o) C_xx), ...
-    m = S^-1 (u, v, 1) up to a factor       = cof(A) diag(s_min / s)^2 cof(A)^T (u, v, 1): also for flat Gaussians
-    q = m / max(m . (u, v, 1), 1e-7 |m|),   p = tz sqrt(nl) ((q_x - u/nl) / fx, (q_y - v/nl) / fy),   nl = 1 + u^2 + v^2
+    raw_i = o exp(-d_i^T C^-1 d_i / 2)      d_i = xy - pixel_i; a pixel's centre is at (column, row)
+          = exp(log o - h dy^2 - (a dx - r dy)^2)
+                                            h = 1 / 2 C_yy,  a^2 = C_yy / 2 det C,  r = a C_xy / C_yy
+    alpha_i = min(raw_i, 0.99)              0 below 1/255: outside a box of half sides sqrt(2 ln(255 o) C_xx)
+    m = S^-1 (u, v, 1) up to a factor       = cof(A) diag(s_min / s)^2 cof(A)^T (u, v, 1): flat Gaussians too
+    q = m / max(m . (u, v, 1), 1e-7 |m|)
+    p = tz sqrt(nl) ((q_x - u/nl) / fx, (q_y - v/nl) / fy)            nl = 1 + u^2 + v^2
     t_i = |t| + p . d_i                     length of the pixel's ray up to the Gaussian's own plane
     n = -m / |m|                            normal, camera space, facing the camera
 
@@ -34,11 +37,22 @@ Backward. With g = dL/dout (per pixel), v_k = g . f_k and the suffix sum R_k = g
     dL/dalpha_k = T_k v_k - R_k / (1 - alpha_k)
     dL/dlog raw_k = raw_k dL/dalpha_k       the clamp at 0.99 lets the gradient through, as published
 
-and log raw is a polynomial of dx, dy, so that six moments over a tile's pixels give the gradients of a, r, h, xy, log o.
-Nothing per pixel and Gaussian is stored: the backward pass goes through the lists once more, front to back.
+and log raw is a polynomial of dx, dy, so that six moments over a tile's pixels (sums of g, g dx, g dy,
+g dx dx, g dx dy, g dy dy; g = dL/dlog raw) give the gradients of a, r, h, xy, log o. Nothing per pixel and
+Gaussian is stored: the backward pass goes through the lists once more, front to back.
 
-Differences from the published CUDA: the exact support box instead of 3 standard deviations rounded up to whole
-tiles; ln at pixel centres (published: half a pixel off); the median's gradient reaches all of its Gaussian's t.
+Contract: B objects of N Gaussians, V views, everything on one device
+
+    float32; in the PyTorch path float64 too. Differentiable in means, quats, scales, opacities and colors.
+    The Triton path raises where a constant (c2w, fxfycxcy, background) wants a gradient, copies what is not
+    contiguous, makes the host wait once (for the number of pairs of a Gaussian and a tile), and cannot be
+    differentiated twice. Its pictures have the same bits every time. Its gradients are added up by atomics in
+    any order, unless deterministic=True: then the sums of each pair are stored, 64 bytes, and added up in the
+    order of the tiles. On a CPU gradients have the same bits every time.
+
+Differences from the published CUDA: the exact support box instead of 3 standard deviations rounded up to
+whole tiles; ln at pixel centres (published: half a pixel off); the median's gradient reaches all of its
+Gaussian's t.
 """
 import math
 from typing import NamedTuple
@@ -87,7 +101,7 @@ def _rotation(q):
 
 
 def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
-    """The splats that a view can see: shape [L, 6] = x, y, a, r, h, log o; features [L, 10]; depth order key, box, view.
+    """The splats that a view can see: [L, 6] = x, y, a, r, h, log o; features [L, 10]; box; view.
 
     Everything that depends on a Gaussian alone is computed once, then gathered for each view that sees it.
     """
@@ -101,7 +115,8 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
     cof = torch.stack([torch.linalg.cross(A[..., (k + 1) % 3], A[..., (k + 2) % 3]) for k in range(3)], -1)
     s = scales.clamp(min=1e-12)
     shape = (cof * (s.detach().amin(-1, keepdim=True) / s)[..., None, :] ** 2) @ cof.mT  # S^-1 up to a factor
-    own = torch.cat([means, (A * scales[..., None, :]).flatten(-2), shape.flatten(-2), opacities[..., None], colors], -1)
+    M = A * scales[..., None, :]
+    own = torch.cat([means, M.flatten(-2), shape.flatten(-2), opacities[..., None], colors], -1)
     own = own.flatten(0, 1).index_select(0, b * N + n)
     world, M, shape, opacity, color = own.split([3, 9, 9, 1, 3], -1)
 
@@ -112,8 +127,10 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
     fx, fy, cx, cy = (fxfycxcy.flatten(0, 1)[row] * fxfycxcy.new_tensor([W, H, W, H])).unbind(-1)
     tx, ty, tz = t.unbind(-1)
     x, y = fx * tx / tz + cx - 0.5, fy * ty / tz + cy - 0.5
-    u, v = ((c / tz).clamp(-limit, limit) for c, limit in ((tx, FOV_MARGIN * W / 2 / fx), (ty, FOV_MARGIN * H / 2 / fy)))
-    JM0, JM1 = (fx / tz)[:, None] * (M[:, 0] - u[:, None] * M[:, 2]), (fy / tz)[:, None] * (M[:, 1] - v[:, None] * M[:, 2])
+    limit_u, limit_v = FOV_MARGIN * W / 2 / fx, FOV_MARGIN * H / 2 / fy
+    u, v = (tx / tz).clamp(-limit_u, limit_u), (ty / tz).clamp(-limit_v, limit_v)
+    JM0 = (fx / tz)[:, None] * (M[:, 0] - u[:, None] * M[:, 2])
+    JM1 = (fy / tz)[:, None] * (M[:, 1] - v[:, None] * M[:, 2])
     C_xx, C_xy, C_yy = (JM0 * JM0).sum(-1), (JM0 * JM1).sum(-1), (JM1 * JM1).sum(-1)
     det = torch.linalg.cross(JM0, JM1).square().sum(-1)
     o = opacity[:, 0] * (det / (det + VANISHING) + VANISHING).sqrt()
@@ -138,8 +155,9 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
     q = m / torch.maximum((m * ray).sum(-1), 1e-7 * norm)[:, None]
     nl = 1 + u * u + v * v
     length = tz * nl.sqrt()
-    features = torch.cat([color.index_select(0, live), torch.ones_like(u)[:, None], torch.stack(
-        [t.norm(dim=-1), length * (q[:, 0] - u / nl) / fx, length * (q[:, 1] - v / nl) / fy], -1), -m / norm[:, None]], -1)
+    p_x, p_y = length * (q[:, 0] - u / nl) / fx, length * (q[:, 1] - v / nl) / fy
+    plane = torch.stack([torch.ones_like(u), t.norm(dim=-1), p_x, p_y], -1)
+    features = torch.cat([color.index_select(0, live), plane, -m / norm[:, None]], -1)
     return splat, features, box, row
 
 
@@ -159,7 +177,8 @@ def _tile_lists(box, row, views, H, W, dtype):
     wide, counts = x1 - x0 + 1, (x1 - x0 + 1) * (y1 - y0 + 1)
     splat = torch.repeat_interleave(counts)
     step = torch.arange(len(splat), device=box.device) - (counts.cumsum(0) - counts)[splat]
-    tile = (row * (tiles_x * tiles_y) + y0 * tiles_x + x0)[splat] + step // wide[splat] * tiles_x + step % wide[splat]
+    first, wide = (row * (tiles_x * tiles_y) + y0 * tiles_x + x0)[splat], wide[splat]
+    tile = first + step // wide * tiles_x + step % wide
     tile, order = tile.int().sort(stable=True)
     lengths = tile.bincount(minlength=views * tiles_x * tiles_y)
     inside_y, inside_x = ((torch.arange(n * TILE, device=box.device) < size).unflatten(0, (n, TILE))
@@ -171,11 +190,10 @@ def _tile_lists(box, row, views, H, W, dtype):
 def _chunks(lists, splat, features):
     """Go through all lists front to back, CHUNK splats of up to GROUP tiles at a time.
 
-    Yields the tiles [A] of a step and their chunk; the consumer sends back T [A, pixels] after it, and tiles in which
-    all pixels are opaque are not visited again.
+    Yields the tiles [A] of a step and their chunk. Tiles in which all pixels are opaque are left out.
     """
     device, tiles = splat.device, lists.tiles_x * lists.tiles_y
-    offsets = torch.arange(TILE, device=device, dtype=splat.dtype) - (TILE - 1) / 2  # pixels from the tile's centre
+    offsets = torch.arange(TILE, device=device, dtype=splat.dtype) - (TILE - 1) / 2  # from the tile's centre
     lanes = torch.arange(CHUNK, device=device)
     for group in (lists.start[1:] > lists.start[:-1]).nonzero()[:, 0].split(GROUP):
         T, position, active = lists.live_pixels[group], lists.start[group], group
@@ -204,7 +222,7 @@ def _chunks(lists, splat, features):
 
 
 class _Composite(torch.autograd.Function):
-    """splat [L, 6], features [L, 10] -> sums [tiles, pixels, 10] and the median splat's number [tiles, pixels] or -1."""
+    """splat [L, 6], features [L, 10] -> sums [tiles, pixels, 10], median's splat [tiles, pixels] or -1."""
 
     @staticmethod
     def forward(ctx, splat, features, lists):
@@ -233,7 +251,8 @@ class _Composite(torch.autograd.Function):
         offset = torch.arange(TILE, device=g.device, dtype=g.dtype) - (TILE - 1) / 2
         py, px = (axis.flatten() for axis in torch.meshgrid(offset, offset, indexing="ij"))
         basis = torch.stack([torch.ones_like(px), px, py, px * px, px * py, py * py])  # [6, pixels]
-        for active, chosen, (x, y, a, r, h), f, raw, alpha, before, weights in _chunks(ctx.lists, splat, features):
+        for active, chosen, shape, f, raw, alpha, before, weights in _chunks(ctx.lists, splat, features):
+            x, y, a, r, h = shape
             g_tile = g[active]
             value = g_tile @ f.mT  # [A, pixels, K]
             behind = rest[active] - (weights * value).cumsum(-1)
@@ -298,6 +317,7 @@ BATCH = 16  # Gaussians between two looks at whether a tile is opaque
 RECORD = 16  # floats per Gaussian and view
 COMPOSITE = dict(TILE=GPU_TILE, WARPS=WARPS, num_warps=WARPS, enable_fp_fusion=True)
 LANES = dict(BLOCK=128, num_warps=4, enable_fp_fusion=True)  # a Gaussian or a pair in each lane
+ADD_PAIRS = dict(ROWS=32, num_warps=4)
 
 if triton is not None:
     _NEAR, _FOV_MARGIN, _VANISHING = tl.constexpr(NEAR), tl.constexpr(FOV_MARGIN), tl.constexpr(VANISHING)
@@ -318,7 +338,7 @@ if triton is not None:
 
     @triton.jit
     def _load3(ptr, mask):
-        return tl.load(ptr, mask, other=0.0), tl.load(ptr + 1, mask, other=0.0), tl.load(ptr + 2, mask, other=0.0)
+        return tl.load(ptr, mask, other=0), tl.load(ptr + 1, mask, other=0), tl.load(ptr + 2, mask, other=0)
 
     @triton.jit
     def _load_camera(c2w_ptr, fxfycxcy_ptr, row, H, W):
@@ -483,12 +503,11 @@ if triton is not None:
 
     @triton.jit
     def _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE: tl.constexpr, WARPS: tl.constexpr):
-        """The tile's view; its pixels' columns, lines, whether in the picture, ln: [pixels of a thread, WARPS, 32]."""
+        """The tile's view; [pixels of a thread, WARPS, 32]: columns, lines, whether in the picture, ln."""
         tile = tl.program_id(0)
         view = tile // (tiles_x * tiles_y)
         own = tl.arange(0, TILE * TILE // (32 * WARPS))[:, None, None] * (32 * WARPS)
         pixel = own + tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-        pixel = tl.max_contiguous(pixel, [1, 1, 1])  # or Triton would give neighbours to one thread: other layouts
         column = tile % tiles_x * TILE + pixel % TILE
         line = tile // tiles_x % tiles_y * TILE + pixel // TILE
         f = fxfycxcy_ptr + view * 4
@@ -498,11 +517,16 @@ if triton is not None:
         return view.to(tl.int64), column, line, (column < W) & (line < H), ln
 
     @triton.jit
+    def _address(plane, area, pixel):
+        """Said not to be aligned: or Triton gives neighbours to a thread, and sums have to cross warps."""
+        return tl.multiple_of(plane * area + pixel, [1, 1, 1])
+
+    @triton.jit
     def _load_splat(record_ptr, row, RECORD: tl.constexpr):
         r = record_ptr + row.to(tl.int64) * RECORD
-        return (tl.load(r), tl.load(r + 1), tl.load(r + 2), tl.load(r + 3), tl.load(r + 4), tl.load(r + 5),
-                tl.load(r + 6), tl.load(r + 7), tl.load(r + 8), tl.load(r + 9), tl.load(r + 10), tl.load(r + 11),
-                tl.load(r + 12), tl.load(r + 13), tl.load(r + 14))
+        return (tl.load(r), tl.load(r + 1), tl.load(r + 2), tl.load(r + 3), tl.load(r + 4),
+                tl.load(r + 5), tl.load(r + 6), tl.load(r + 7), tl.load(r + 8), tl.load(r + 9),
+                tl.load(r + 10), tl.load(r + 11), tl.load(r + 12), tl.load(r + 13), tl.load(r + 14))
 
     @triton.jit
     def _blend(splat, column, line, T):
@@ -566,9 +590,8 @@ if triton is not None:
         tl.store(stop_ptr + tile, pair)
 
         area = H * W
-        pixel = line * W + column
-        one = view * area + pixel
-        three = view * 3 * area + pixel
+        one = _address(view, area, line * W + column)
+        three = _address(view * 3, area, line * W + column)
         left = 1 - total
         tl.store(image_ptr + three, red + left * tl.load(background_ptr), inside)
         tl.store(image_ptr + three + area, green + left * tl.load(background_ptr + 1), inside)
@@ -586,16 +609,17 @@ if triton is not None:
 
     @triton.jit
     def _put(sums, COLUMN: tl.constexpr, value):
-        """The sum over each warp's pixels into one column of sums [WARPS, 32]: no warp waits for another here."""
+        """The sum over each warp's pixels, into one column of sums [WARPS, 32]: no warp waits for another."""
         return tl.where(tl.arange(0, 32)[None, :] == COLUMN, tl.sum(tl.sum(value, 0), 1)[:, None], sums)
 
     @triton.jit
     def _composite_backward_kernel(
         record_ptr, row_ptr, start_ptr, stop_ptr,  # as in the forward kernel
         fxfycxcy_ptr, background_ptr, image_ptr, alpha_ptr, depth_ptr, normal_ptr, norm_ptr, median_ptr,
-        g_image_ptr, g_alpha_ptr, g_depth_ptr, g_median_ptr, g_normal_ptr,  # (B, V, ., H, W); unused if not GEOMETRY
+        g_image_ptr, g_alpha_ptr,  # (B, V, ., H, W)
+        g_depth_ptr, g_median_ptr, g_normal_ptr,  # (B, V, ., H, W); unused if not GEOMETRY
         slot_ptr,  # [pairs] int64: where a pair's sums go; unused if not DETERMINISTIC
-        sums_ptr,  # [pairs if DETERMINISTIC else rows, RECORD] out: the sums over pixels, see _project_backward_kernel
+        sums_ptr,  # [pairs if DETERMINISTIC else rows, RECORD] out: see _project_backward_kernel
         H, W, tiles_x, tiles_y,
         GEOMETRY: tl.constexpr,  # are there gradients of depth, median_depth, normal?
         DETERMINISTIC: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
@@ -603,13 +627,13 @@ if triton is not None:
         view, column, line, inside, ln = _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE, WARPS)
         px, py = column.to(tl.float32), line.to(tl.float32)
         area = H * W
-        one = view * area + line * W + column
-        three = one + view * 2 * area
+        one = _address(view, area, line * W + column)
+        three = _address(view * 3, area, line * W + column)
         T = tl.where(inside, 1.0, 0.0)
         tile = tl.program_id(0)
         pair, stop = tl.load(start_ptr + tile), tl.load(stop_ptr + tile)
         if pair < stop:
-            # g, the gradients of the sums; rest = g . out: depth and normal do not change with the length of out
+            # The gradients g of out, and rest = g . out: scaling out changes neither depth nor normal.
             b0, b1, b2 = tl.load(background_ptr), tl.load(background_ptr + 1), tl.load(background_ptr + 2)
             g0 = tl.load(g_image_ptr + three, inside, other=0.0)
             g1 = tl.load(g_image_ptr + three + area, inside, other=0.0)
@@ -636,7 +660,9 @@ if triton is not None:
                 gn2 = tl.load(g_normal_ptr + three + 2 * area, inside, other=0.0)
                 along = n0 * gn0 + n1 * gn1 + n2 * gn2
                 norm = tl.maximum(tl.load(norm_ptr + one, inside, other=1.0), 1e-12)
-                gn0, gn1, gn2 = (gn0 - n0 * along) / norm, (gn1 - n1 * along) / norm, (gn2 - n2 * along) / norm
+                gn0 = (gn0 - n0 * along) / norm
+                gn1 = (gn1 - n1 * along) / norm
+                gn2 = (gn2 - n2 * along) / norm
 
             lane = tl.arange(0, 32)
             row = tl.load(row_ptr + pair)
@@ -675,8 +701,8 @@ if triton is not None:
                     slot = tl.load(slot_ptr + pair)
                     tl.store(sums_ptr + slot * RECORD + lane, tl.sum(sums, 0), lane < RECORD)
                 else:
-                    place = sums_ptr + row.to(tl.int64) * RECORD + lane[None, :] + tl.zeros([WARPS, 32], tl.int32)
-                    tl.atomic_add(place, sums, sums != 0, sem="relaxed")
+                    place = row.to(tl.int64) * RECORD + lane[None, :] + tl.zeros([WARPS, 32], tl.int32)
+                    tl.atomic_add(sums_ptr + place, sums, sums != 0, sem="relaxed")
                 T = after
                 splat = following
                 row, next_row = next_row, last_row
@@ -699,13 +725,15 @@ if triton is not None:
         most = tl.max(count)
         step = 0
         while step < most:
-            total += tl.load(pair_sums_ptr + (start + step)[:, None] * RECORD + lane, (count > step)[:, None], other=0.0)
+            place = (start + step)[:, None] * RECORD + lane
+            total += tl.load(pair_sums_ptr + place, (count > step)[:, None], other=0.0)
             step += 1
         tl.store(sums_ptr + row[:, None] * RECORD + lane, total, (count > 0)[:, None])
 
     @triton.jit
     def _project_backward_kernel(
-        means_ptr, quats_ptr, scales_ptr, opacities_ptr, c2w_ptr, fxfycxcy_ptr, count_ptr,  # as in _project_kernel
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr,  # as in _project_kernel
+        c2w_ptr, fxfycxcy_ptr, count_ptr,
         sums_ptr,  # [B V N, RECORD]: sum of g, g dx, g dy, g dx dx, g dx dy, g dy dy with g = dL/dlog raw,
         #            then of w dL/dout_colour; of s, s dx, s dy with s = dL/dt; of w dL/dout_n; -
         g_means_ptr, g_quats_ptr, g_scales_ptr, g_opacities_ptr, g_colors_ptr,  # (B, N, .) out
@@ -754,18 +782,17 @@ if triton is not None:
             g_x, g_y = -2 * a * ge, 2 * r * ge - 2 * h * sy
             g_a, g_r = 2 * (r * sxy - a * sxx), 2 * (a * sxy - r * syy)
             g_log_opacity += one
-            # r = a C_xy / C_yy,  a^2 = C_yy / 2 det,  h = 1 / 2 C_yy,  o^2 / opacity^2 = det / (det + eps) + eps
+            # r = a C_xy / C_yy,  a^2 = C_yy / 2 det,  h = 1 / 2 C_yy,  o^2 ~ det / (det + 1e-6) + 1e-6
             g_a += g_r * C_xy / C_yy
             g_C_xy = g_r * a / C_yy
             g_C_yy = (0.5 * a * g_a - r * g_r + h * syy) / C_yy
-            seen_det = det + _VANISHING
-            g_det = -0.5 * a * g_a / det
-            g_det += one * 0.5 * _VANISHING / (seen_det * seen_det * (det / seen_det + _VANISHING))
+            more = det + _VANISHING
+            g_det = -0.5 * a * g_a / det + 0.5 * one * _VANISHING / (more * (det + _VANISHING * more))
             # C_xy = ex . ey,  C_yy = ey . ey,  det = |c|^2,  c = ex x ey
             across = _cross(ey, c)
             g_ex = 2 * g_det * across[0], 2 * g_det * across[1], 2 * g_det * across[2]
             g_ex = _add(g_ex, g_C_xy, ey)
-            g_ey = _add(_add((zero, zero, zero), g_C_xy, ex), 2 * g_C_yy, ey)
+            g_ey = _add(_add(zeros, g_C_xy, ex), 2 * g_C_yy, ey)
             g_ey = _add(g_ey, 2 * g_det, _cross(c, ex))
             # ex_k = s_k (jx . A_k)
             g_s0 = g_ex[0] * _dot(jx, A[0]) + g_ey[0] * _dot(jy, A[0])
@@ -775,15 +802,14 @@ if triton is not None:
             y0, y1, y2 = g_ey[0] * scales[0], g_ey[1] * scales[1], g_ey[2] * scales[2]
             g_A0, g_A1, g_A2 = _add(g_A0, x0, jx), _add(g_A1, x1, jx), _add(g_A2, x2, jx)
             g_A0, g_A1, g_A2 = _add(g_A0, y0, jy), _add(g_A1, y1, jy), _add(g_A2, y2, jy)
-            g_jx = _add(_add(_add((zero, zero, zero), x0, A[0]), x1, A[1]), x2, A[2])
-            g_jy = _add(_add(_add((zero, zero, zero), y0, A[0]), y1, A[1]), y2, A[2])
+            g_jx = _add(_add(_add(zeros, x0, A[0]), x1, A[1]), x2, A[2])
+            g_jy = _add(_add(_add(zeros, y0, A[0]), y1, A[1]), y2, A[2])
             # jx = fx / tz (right - u forward)
             g_tz = -(_dot(g_jx, jx) + _dot(g_jy, jy)) / tz
             g_u, g_v = -fx / tz * _dot(g_jx, forward), -fy / tz * _dot(g_jy, forward)
             g_tx, g_ty = zero, zero
 
             if GEOMETRY:
-                g_t, g_px, g_py = zero, zero, zero
                 g_t, g_px, g_py = _load3(sums + 9, seen)
                 gn = _load3(sums + 12, seen)
                 ray = _add(_add(forward, u, right), v, down)  # in world space, like all of this block
@@ -815,12 +841,12 @@ if triton is not None:
                 g_qx, g_qy = tz * root * g_px_scaled, tz * root * g_py_scaled
                 g_den = -(g_qx * q_x + g_qy * q_y) / q_den
                 unit = m[0] / norm, m[1] / norm, m[2] / norm
-                gn = _add(_add(_add((zero, zero, zero), gn[0], right), gn[1], down), gn[2], forward)
-                g_m = _add(_add((zero, zero, zero), -1 / norm, gn), _dot(unit, gn) / norm, unit)
+                gn = _add(_add(_add(zeros, gn[0], right), gn[1], down), gn[2], forward)
+                g_m = _add(_add(zeros, -1 / norm, gn), _dot(unit, gn) / norm, unit)
                 g_m = _add(_add(g_m, g_qx / q_den, right), g_qy / q_den, down)
                 g_m = _add(g_m, tl.where(ahead > bound, g_den, 0.0), ray)
                 g_m = _add(g_m, tl.where(ahead > bound, 0.0, 1e-7 * g_den), unit)
-                g_ray = _add((zero, zero, zero), tl.where(ahead > bound, g_den, 0.0), m)
+                g_ray = _add(zeros, tl.where(ahead > bound, g_den, 0.0), m)
                 # m = sum_k D_k z_k cof_k,  z_k = cof_k . ray,  D_k = (s_min / s_k)^2 with a constant s_min
                 y0, y1, y2 = _dot(cof[0], g_m), _dot(cof[1], g_m), _dot(cof[2], g_m)
                 g_s0 -= tl.where(scales[0] >= 1e-12, 2 * y0 * z[0] * D[0] / s[0], 0.0)
@@ -869,11 +895,14 @@ if triton is not None:
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, colors, c2w, fxfycxcy, background, H, W, deterministic):
-        inputs = [x.contiguous() for x in (means, quats, scales, opacities, colors, c2w, fxfycxcy, background)]
+        inputs = means, quats, scales, opacities, colors, c2w, fxfycxcy, background
+        inputs = [x.contiguous() for x in inputs]
         means, quats, scales, opacities, colors, c2w, fxfycxcy, background = inputs
         (B, V), N = c2w.shape[:2], means.shape[1]
         tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
         rows, tiles = B * V * N, B * V * tiles_x * tiles_y
+        if max(rows, tiles) >= 2**31:
+            raise ValueError(f"rasterize: {rows} Gaussians, {tiles} tiles in all views: use a smaller batch")
         new = dict(device=means.device)
         with torch.cuda.device_of(means):
             record, depth = torch.empty(rows, RECORD, **new), torch.empty(rows, **new)
@@ -882,11 +911,11 @@ class _Rasterize(torch.autograd.Function):
             if rows:
                 _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
                     *inputs[:7], record, depth, box, count, V, N, H, W, TILE=GPU_TILE, RECORD=RECORD, **LANES)
-            # Front to back first, then by tile: both sorts are stable, and keep their keys short.
+            # First front to back, then by tile: two stable sorts of short keys, not one of long keys.
             order = depth.sort(stable=True)[1]
             end = count[order].cumsum(0)
             pairs = int(end[-1]) if rows else 0  # the one time that the host waits
-            if pairs >= 2**31:
+            if pairs >= 2**30:
                 raise ValueError(f"rasterize: {pairs} pairs of a Gaussian and a tile: use a smaller batch")
             tile = torch.empty(pairs, dtype=torch.int16 if tiles < 2**15 - 1 else torch.int32, **new)
             row = torch.empty(pairs, dtype=torch.int32, **new)
@@ -905,8 +934,9 @@ class _Rasterize(torch.autograd.Function):
                 _composite_kernel[(tiles,)](
                     record, row, start, fxfycxcy, background, image, alpha, depth, median_depth, normal, norm,
                     median, stop, H, W, tiles_x, tiles_y, RECORD=RECORD, BATCH=BATCH, **COMPOSITE)
-        ctx.save_for_backward(*inputs, record, count, row, start, stop, image, alpha, depth, normal, norm, median,
-                              *((slot, order, end) if deterministic else ()))
+        lists = (slot, order, end) if deterministic else ()
+        ctx.save_for_backward(
+            *inputs, record, count, row, start, stop, image, alpha, depth, normal, norm, median, *lists)
         ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
         return image, alpha, depth, median_depth, normal
@@ -935,8 +965,8 @@ class _Rasterize(torch.autograd.Function):
                     DETERMINISTIC=ctx.deterministic, RECORD=RECORD, **COMPOSITE)
             if ctx.deterministic and len(row):
                 pair_sums, sums = sums, torch.empty_like(record)
-                _add_pairs_kernel[(triton.cdiv(len(record), 32),)](
-                    order, end, count, pair_sums, sums, len(record), ROWS=32, RECORD=RECORD, num_warps=4)
+                _add_pairs_kernel[(triton.cdiv(len(record), ADD_PAIRS["ROWS"]),)](
+                    order, end, count, pair_sums, sums, len(record), RECORD=RECORD, **ADD_PAIRS)
             grads = [torch.empty_like(x) for x in (means, quats, scales, opacities, colors)]
             _project_backward_kernel[(B * triton.cdiv(N, LANES["BLOCK"]),)](
                 means, quats, scales, opacities, c2w, fxfycxcy, count, sums, *grads, V, N, H, W,
@@ -959,19 +989,22 @@ def rasterize(
     width,
     background=(1.0, 1.0, 1.0),  # three numbers, or a tensor (3,)
     *,
-    backend=None,  # "torch" | "triton" | None: triton for tensors on a GPU, torch otherwise
-    deterministic=False,  # gradients with the same bits every time; they always have on a CPU
+    backend=None,  # "torch" | "triton" | None: triton for float32 on a GPU, torch otherwise
+    deterministic=False,  # gradients with the same bits every time; on a CPU they always have
 ):
-    """Render (image, alpha, depth, median_depth, normal) of every object in every view; see the head of this file.
+    """Render (image, alpha, depth, median_depth, normal) of every object in every view: see this file's head.
 
-    Differentiable in means, quats, scales, opacities and colors; float32, in the PyTorch path also float64.
     ValueError: a shape, dtype, device or backend that does not fit.
     """
     if not (torch.is_tensor(means) and means.ndim == 3 and means.shape[2] == 3):
-        raise ValueError(f"means: wanted a tensor (B, N, 3), got {tuple(getattr(means, 'shape', ())) or type(means)}")
+        got = tuple(getattr(means, "shape", ())) or type(means)
+        raise ValueError(f"means: wanted a tensor (B, N, 3), got {got}")
     if not (torch.is_tensor(c2w) and c2w.ndim == 4):
-        raise ValueError(f"c2w: wanted a tensor (B, V, 4, 4), got {tuple(getattr(c2w, 'shape', ())) or type(c2w)}")
+        got = tuple(getattr(c2w, "shape", ())) or type(c2w)
+        raise ValueError(f"c2w: wanted a tensor (B, V, 4, 4), got {got}")
     B, N, V = *means.shape[:2], c2w.shape[1]
+    if means.is_cuda and not torch.is_tensor(background):  # a copy would make the host wait
+        background = torch.stack([means.new_full((), color) for color in background])
     background = torch.as_tensor(background, dtype=means.dtype, device=means.device)
     wanted = {"quats": (quats, (B, N, 4)), "scales": (scales, (B, N, 3)), "opacities": (opacities, (B, N)),
               "colors": (colors, (B, N, 3)), "c2w": (c2w, (B, V, 4, 4)), "fxfycxcy": (fxfycxcy, (B, V, 4)),
@@ -981,13 +1014,15 @@ def rasterize(
         if got != shape:
             raise ValueError(f"{name}: wanted a tensor of shape {shape}, got {got}")
         if tensor.device != means.device or tensor.dtype != means.dtype:
-            raise ValueError(f"{name}: wanted {means.dtype} on {means.device} like means, got {tensor.dtype} on {tensor.device}")
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: wanted {means.dtype} on {means.device} like means, got {got}")
     if not means.is_floating_point():
         raise ValueError(f"means: wanted floats, got {means.dtype}")
     if height < 1 or width < 1:
         raise ValueError(f"height, width: wanted at least 1 x 1, got {height} x {width}")
     if backend is None:
-        backend = "triton" if means.is_cuda and triton is not None and means.dtype == torch.float32 else "torch"
+        fits = means.is_cuda and triton is not None and means.dtype == torch.float32
+        backend = "triton" if fits else "torch"
     if backend not in ("torch", "triton"):
         raise ValueError(f"backend: wanted 'torch', 'triton' or None, got {backend!r}")
     inputs = (means, quats, scales, opacities, colors, c2w, fxfycxcy)
@@ -1003,5 +1038,5 @@ def rasterize(
         raise ValueError(f"backend 'triton' computes in float32, got {means.dtype} (use backend='torch')")
     for name, constant in (("c2w", c2w), ("fxfycxcy", fxfycxcy), ("background", background)):
         if constant.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: backend 'triton' wants a constant, got a tensor that requires grad: detach it")
+            raise ValueError(f"{name}: wanted a constant, got a tensor that requires grad: detach it")
     return Render(*_Rasterize.apply(*inputs, background, height, width, deterministic))
