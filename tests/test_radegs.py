@@ -4,9 +4,9 @@ tests/data/radegs.safetensors is RaDe-GS's forward pass (0b1fe5f), written down 
 no CUDA was at hand, with its autograd gradients: 300 Gaussians in two views of 48 x 48 pixels.
 
 Two things differ by design. The published tiles of 16 pixels see a Gaussian up to 3 standard deviations,
-rounded up to a tile; ours see it up to where its alpha falls below 1/255. And the published depth belongs to a
-pixel's corner, ours to its middle. So the pictures are compared by a share of their pixels, and then once more
-exactly: these two habits around our own projection give the recorded pictures and gradients to rounding.
+rounded up to a tile; ours see it up to where its alpha falls below 1/255. And the published depth belongs to
+a pixel's corner, ours to its middle. So the pictures are compared by a share of their pixels, and then once
+more exactly: these two habits around our own projection give the recorded pictures and gradients to rounding.
 """
 import sys
 from pathlib import Path
