@@ -311,8 +311,9 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
-GPU_TILE = 8  # pixels along a tile's side: a program each
-WARPS = 1  # of a tile's program; GPU_TILE^2 is a multiple of 32 WARPS. One warp never waits for another
+# A program per tile. Splats are a few pixels wide: on tiles of 16 x 16 most pixels would be looked at in vain.
+GPU_TILE = 8  # pixels along a tile's side
+WARPS = 1  # of a tile's program; GPU_TILE^2 is a multiple of 32 WARPS. A single warp never waits for another
 BATCH = 16  # Gaussians between two looks at whether a tile is opaque
 RECORD = 16  # floats per Gaussian and view
 COMPOSITE = dict(TILE=GPU_TILE, WARPS=WARPS, num_warps=WARPS, enable_fp_fusion=True)
@@ -412,7 +413,7 @@ if triton is not None:
         means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
         c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
         record_ptr,  # [B V N, RECORD] out: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
-        depth_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
+        distance_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
         box_ptr,  # [B V N, 3] out: first column and row of tiles, columns
         count_ptr,  # [B V N] int32 out: tiles
         V, N, H, W,
@@ -452,7 +453,7 @@ if triton is not None:
         x0, y0 = x0 // TILE, y0 // TILE
         wide, high = x1 // TILE - x0 + 1, y1 // TILE - y0 + 1
         tl.store(count_ptr + row, tl.where(seen, wide * high, 0), mask)
-        tl.store(depth_ptr + row, tl.where(seen, tz, float("inf")), mask)
+        tl.store(distance_ptr + row, tl.where(seen, tz, float("inf")), mask)
         tl.store(box_ptr + row * 3, x0, seen)
         tl.store(box_ptr + row * 3 + 1, y0, seen)
         tl.store(box_ptr + row * 3 + 2, wide, seen)
@@ -905,14 +906,15 @@ class _Rasterize(torch.autograd.Function):
             raise ValueError(f"rasterize: {rows} Gaussians, {tiles} tiles in all views: use a smaller batch")
         new = dict(device=means.device)
         with torch.cuda.device_of(means):
-            record, depth = torch.empty(rows, RECORD, **new), torch.empty(rows, **new)
+            record, distance = torch.empty(rows, RECORD, **new), torch.empty(rows, **new)
             box = torch.empty(rows, 3, dtype=torch.int32, **new)
             count = torch.empty(rows, dtype=torch.int32, **new)
             if rows:
                 _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
-                    *inputs[:7], record, depth, box, count, V, N, H, W, TILE=GPU_TILE, RECORD=RECORD, **LANES)
+                    *inputs[:7], record, distance, box, count, V, N, H, W,
+                    TILE=GPU_TILE, RECORD=RECORD, **LANES)
             # First front to back, then by tile: two stable sorts of short keys, not one of long keys.
-            order = depth.sort(stable=True)[1]
+            order = distance.sort(stable=True)[1]
             end = count[order].cumsum(0)
             pairs = int(end[-1]) if rows else 0  # the one time that the host waits
             if pairs >= 2**30:
@@ -1039,4 +1041,4 @@ def rasterize(
     for name, constant in (("c2w", c2w), ("fxfycxcy", fxfycxcy), ("background", background)):
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: wanted a constant, got a tensor that requires grad: detach it")
-    return Render(*_Rasterize.apply(*inputs, background, height, width, deterministic))
+    return Render(*_Rasterize.apply(*inputs, background, height, width, bool(deterministic)))

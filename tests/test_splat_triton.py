@@ -48,6 +48,8 @@ def make(name):
     arguments, H, W = CASES[name]
     inputs = scene(**arguments)
     means, opacities, position = inputs[0], inputs[3], inputs[5][:, 0, :3, 3]
+    if name == "larger than the image":
+        opacities[:, ::2] = 1  # the clamp at 0.99
     if name == "transparent":
         opacities *= 1e-3
     if name == "behind the camera":
@@ -93,7 +95,7 @@ def test_interpreted_against_float64(interpreted, name):
     print(name, {key: f"{value:.1e}" for key, value in found.items()})
     assert visible == (name not in NONE_VISIBLE)
     # Measured worst: outputs 1.8e-6, gradients 3e-6; flat Gaussians seen edge-on 2e-5 and 7.2e-5.
-    assert_close(found, *((1e-4, 1e-3) if name == "flat" else (1e-5, 1e-4)))
+    assert_close(found, *((1e-4, 3e-4) if name == "flat" else (1e-5, 2e-5)))
 
 
 @needs_triton
