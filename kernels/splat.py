@@ -311,7 +311,7 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
-# A program per tile. Splats are a few pixels wide: on tiles of 16 x 16 most pixels would be looked at in vain.
+# A program per tile. Splats are a few pixels wide: tiles of 16 x 16 would look at more pixels in vain.
 GPU_TILE = 8  # pixels along a tile's side
 WARPS = 1  # of a tile's program; GPU_TILE^2 is a multiple of 32 WARPS. A single warp never waits for another
 BATCH = 16  # Gaussians between two looks at whether a tile is opaque
