@@ -137,8 +137,8 @@ PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "bran
          "view_size": 512, "eval_size": 512}
 PRESETS = {  # looked up by base and reward; the `shapes` values come from assets/results/sweep.jsonl
     "shapes": {
-        "": {"epochs": 10, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional",
-             "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 1e4},
+        "": {"epochs": 6, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional",
+             "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 500.0},
     },
     "paper": {
         "": PAPER | {"beta": 1e6, "lam": 1e4},
