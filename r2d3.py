@@ -1189,8 +1189,6 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
           f"transitions, each judged in {config.views} views of {config.view_size} pixels squared")
     print(f"prompts   {prompts} to train on, {test_prompts} x {config.samples_per_prompt} to measure")
     print(f"results   {config.out}/" + (f" (going on after epoch {state['epoch']})" if state else ""))
-    if config.base == "shapes" and config.device.startswith("cuda"):
-        print("          a GPU is here: the paper's own base is --base diffsplat-pixart")
 
 
 # -----------------------------------------------------------------------------------------------------------
