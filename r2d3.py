@@ -311,6 +311,8 @@ def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
     """Write one object as the .ply that splat viewers read (INRIA: log scales, logit opacities, SH colours).
 
     Splats that a picture cannot show (opacity below 1/255) are left out. Returns how many were written.
+    Viewers normalise quaternions; the rasteriser, as published, does not: they may show splats a little larger
+    or smaller than our pictures do.
     """
     means, scales, quats, opacities, colors = (t[index].detach().float().cpu() for t in gaussians)
     seen = opacities > 1 / 255
@@ -377,8 +379,9 @@ class NoiseSchedule:
             return cls(scheduler.timesteps, alpha, ratio * alpha)
         scheduler = DDIMScheduler(set_alpha_to_one=False, timestep_spacing="trailing", **betas)
         scheduler.set_timesteps(steps)
-        squared = scheduler.alphas_cumprod.double()[scheduler.timesteps.tolist() + [0]]
-        return cls(scheduler.timesteps, squared.sqrt(), (1 - squared).sqrt())
+        timesteps = scheduler.timesteps[:steps]                 # for some numbers diffusers adds one, -1
+        squared = scheduler.alphas_cumprod.double()[timesteps.tolist() + [0]]
+        return cls(timesteps, squared.sqrt(), (1 - squared).sqrt())
 
     def t(self, i: int | Tensor) -> Tensor:
         """What the network is told at grid point i; after the last step that is timestep 0."""
@@ -733,11 +736,12 @@ class LaionAesthetic(nn.Module):
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(cls.url, str(path), hash_prefix=cls.sha256)
-            clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained="openai")
+            intact = hashlib.sha256(path.read_bytes()).hexdigest() == cls.sha256
+            clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained="openai") if intact else None
         except Exception as error:
             raise UserError(f"the weights of --scorer laion could not be fetched ({type(error).__name__}); "
                             "a network is needed once; without --scorer none is") from None
-        if hashlib.sha256(path.read_bytes()).hexdigest() != cls.sha256:
+        if not intact:
             raise UserError(f"{path} is not the published file (wrong checksum); delete it and start again")
         model = cls(clip.visual)
         model.layers.load_state_dict({key.removeprefix("layers."): value for key, value in
@@ -882,7 +886,7 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
     The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting
     at a random quarter, so that every noise level is trained about equally often for any number of steps.
     """
-    count = max(1, int(steps * fraction))
+    count = max(1, int(steps * fraction + 1e-9))
     always = [steps - 1] if last_step == "always" else []
     pool = torch.arange(steps if last_step == "stratified" else steps - 1)
     quarters = [q[torch.randperm(len(q), generator=generator)].tolist() for q in pool.tensor_split(4)]
@@ -1180,7 +1184,7 @@ def train(config: Config) -> dict:
 def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, world: int,
                state: dict | None) -> None:
     """Say what is going to happen, before it does."""
-    picked = max(1, int(config.steps * config.fraction))
+    picked = max(1, int(config.steps * config.fraction + 1e-9))
     objects = config.batch_size * world
     print(f"base      {config.base} on {config.device}" + (f", {world} processes" if world > 1 else ""))
     print(f"reward    {reward.title}")
