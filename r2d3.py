@@ -311,8 +311,8 @@ def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
     """Write one object as the .ply that splat viewers read (INRIA: log scales, logit opacities, SH colours).
 
     Splats that a picture cannot show (opacity below 1/255) are left out. Returns how many were written.
-    Viewers normalise quaternions; the rasteriser, as published, does not: they may show splats a little larger
-    or smaller than our pictures do.
+    Viewers normalise quaternions and the rasteriser, as published, does not: splats may look a little larger
+    or smaller there than in our pictures.
     """
     means, scales, quats, opacities, colors = (t[index].detach().float().cpu() for t in gaussians)
     seen = opacities > 1 / 255

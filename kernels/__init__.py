@@ -1,4 +1,4 @@
-"""The operators that r2d3's time goes into. Each file stands alone and can be copied out (torch; triton for a GPU).
+"""The operators that r2d3's time goes into. Each file stands alone (torch; triton for a GPU).
 
 rasterize            Gaussians -> pictures, depth and normals of all objects and views; differentiable
 gradient_matching    the residual nabla-DB loss of Nabla-R2D3 (arXiv 2506.15684)
