@@ -31,10 +31,11 @@ def main() -> None:
     args = parser.parse_args()
     known = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.is_file() else []
     if args.table:
-        print("| beta | lambda | epochs | lr | seed | reward | alignment | R@1 | coverage | diversity | FID |")
-        print("|" + "---|" * 11)
+        print("| trained | beta | lambda | epochs | lr | seed | reward | alignment | R@1 | coverage | diversity | FID |")
+        print("|" + "---|" * 12)
         for row in known:
-            cells = [f"{row[name]:g}" for name in ("beta", "lam", "epochs", "lr", "seed")]
+            settings = row["settings"]
+            cells = [settings["reward"], *(f"{settings[name]:g}" for name in ("beta", "lam", "epochs", "lr", "seed"))]
             cells += [f"{row[name]['before']:.3f} -> {row[name]['after']:.3f}" for name in METRICS]
             print("| " + " | ".join(cells) + " |")
         return
@@ -43,14 +44,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = r2d3.resolve(r2d3.Config(out=f"{folder}/run", **dict(zip(given, values))))
             settings = {name: getattr(config, name) for name in SETTINGS}
-            if any(all(row[name] == value for name, value in settings.items()) for row in known):
+            if any(row["settings"] == settings for row in known):
                 continue
             print(settings)
             summary = r2d3.train(config)
             about = json.loads(Path(config.out, "config.json").read_text())
-        row = settings | {name: summary[name] for name in METRICS} | {
-            "scorer": summary["scorer"], "updates": summary["updates"], "seconds": round(summary["seconds"]),
-            "commit": about["git_commit"], "cmd": f"python assets/sweep.py {' '.join(sys.argv[1:])}"}
+        row = {"settings": settings, **{name: summary[name] for name in METRICS}, "scorer": summary["scorer"],
+               "updates": summary["updates"], "seconds": round(summary["seconds"]), "commit": about["git_commit"],
+               "cmd": f"python assets/sweep.py {' '.join(sys.argv[1:])}"}
         known.append(row)
         args.rows.parent.mkdir(parents=True, exist_ok=True)
         with open(args.rows, "a") as file:
