@@ -31,11 +31,12 @@ def main() -> None:
     args = parser.parse_args()
     known = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.is_file() else []
     if args.table:
-        print("| trained | beta | lambda | epochs | lr | seed | reward | alignment | R@1 | coverage | diversity | FID |")
-        print("|" + "---|" * 12)
+        print("| trained | branch | beta | lambda | epochs | lr | seed | reward | alignment | R@1 | coverage | diversity | FID |")
+        print("|" + "---|" * 13)
         for row in known:
             settings = row["settings"]
-            cells = [settings["reward"], *(f"{settings[name]:g}" for name in ("beta", "lam", "epochs", "lr", "seed"))]
+            cells = [settings["reward"], settings["branch"]]
+            cells += [f"{settings[name]:g}" for name in ("beta", "lam", "epochs", "lr", "seed")]
             cells += [f"{row[name]['before']:.3f} -> {row[name]['after']:.3f}" for name in METRICS]
             print("| " + " | ".join(cells) + " |")
         return
