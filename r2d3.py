@@ -51,6 +51,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+if __name__ == "__main__":      # else idle threads spin, which costs a factor of four on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import PIL.Image
 import torch
 import torch.nn as nn
@@ -162,21 +165,25 @@ def resolve(config: Config) -> Config:
     filled |= {name: value for name, value in usual.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **filled)
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=config.device).cpu()
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0][:80]
         raise UserError(f"--device {config.device} cannot be used here ({why})") from None
-    if config.backend == "triton" and config.device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    on_cpu = torch.device(config.device).type == "cpu"
+    if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed"}
+    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62}
     for name, value in dataclasses.asdict(config).items():
-        if type(value) in (int, float) and not (value >= 0 if name in may_be_zero else value > 0):
+        if type(value) not in (int, float):
+            continue
+        if not (value >= 0 if name in may_be_zero else value > 0):
             wanted = "must not be negative" if name in may_be_zero else "must be above zero"
             raise UserError(f"--{name.replace('_', '-')} is {value}; it {wanted}")
-    if not 0 < config.fraction <= 1:
-        raise UserError(f"--fraction is {config.fraction}; it is a share of the steps, above 0 and at most 1")
-    if config.steps > 500:
-        raise UserError(f"--steps is {config.steps}; the noise levels allow at most 500")
+        if not value <= at_most.get(name, 1e30):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; at most {at_most.get(name, 1e30)} works")
+    if min(config.view_size, config.eval_size) < 8:
+        raise UserError("--view-size and --eval-size must be at least 8 pixels")
     if config.steps == 1 and config.last_step == "never":
         raise UserError("--steps 1 with --last-step never leaves nothing to train; use more steps")
     return config
@@ -636,16 +643,20 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load_prompts(spec: str) -> list[str]:
     """A text file with one prompt a line, or the prompt itself."""
-    path = Path(spec)
+    if not spec.strip():
+        raise UserError("the prompt is empty; write what to make, for example --prompts \"a red cube\"")
+    path = Path(spec[:200])
     if path.is_file():
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"the prompt file {path} is not UTF-8 text; write one prompt a line") from None
+        prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"the prompt file {path} is empty; write one prompt a line")
         return prompts
-    if path.suffix or os.sep in spec:
+    if path.suffix or os.sep in spec or path.is_dir():
         raise UserError(f"there is no prompt file {path}")
-    if not spec.strip():
-        raise UserError("the prompt is empty; write what to make, for example --prompts \"a red cube\"")
     return [spec.strip()]
 
 
@@ -790,11 +801,25 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
         try:
             weight = float(weight or 1)
         except ValueError:
-            raise UserError(f"the weight in --reward {part} is not a number; write dnc=0.3, say") from None
+            weight = math.nan
+        if not math.isfinite(weight) or weight == 0:
+            raise UserError(f"the weight in --reward {part} is not a number or 0; write dnc=0.3, say")
         terms.append((weight, *load_reward_term(name.strip(), base, device, scorer)))
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
-        return sum(weight * function(render, prompts) for weight, function, _ in terms)
+        total = 0
+        for weight, function, title in terms:
+            try:
+                score = function(render, prompts)
+            except Exception as error:
+                raise UserError(f"--reward {title} failed: {type(error).__name__}: {error}") from error
+            got, wanted = getattr(score, "shape", type(score).__name__), render.image.shape[:2]
+            if got != wanted:
+                raise UserError(f"--reward {title} returned {got}; wanted (objects, views), here {wanted}")
+            if torch.is_grad_enabled() and render.image.requires_grad and not score.requires_grad:
+                raise UserError(f"--reward {title} cannot be trained: it has no gradient to the pictures")
+            total = total + weight * score
+        return total
 
     reward.title = " + ".join(title if weight == 1 else f"{weight:g} x {title}" for weight, _, title in terms)
     return reward
@@ -811,7 +836,7 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
         if not callable(getattr(module, function, None)):
             raise UserError(f"{path} has no function {function!r}; --reward {name} needs "
@@ -1038,6 +1063,8 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
         if not norm.isfinite():
             stop_diverged("gradient of the LoRA weights", epoch, number, config)
         optimizer.step()
+        if not all(weight.isfinite().all() for weight in weights):
+            stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
         loss, match, reg = (totals / len(share)).tolist()
         yield {"epoch": epoch, **sampled, "loss": loss, "match": match, "reg": reg, "grad_norm": norm.item()}
@@ -1052,43 +1079,70 @@ def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
 
 
 # What may differ between a run and its continuation; everything else has to be the same.
-FREE_ON_RESUME = {"resume", "epochs", "out", "device"}
+FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device"}
 
 
-def open_run(config: Config) -> dict | None:
-    """Check that the output folder is ours to write to. Returns the checkpoint to go on from, or None."""
+def open_run(config: Config, prompts: str) -> tuple[Config, dict | None]:
+    """Check that the output folder is ours to write to. `prompts` is the digest of the prompt lists.
+
+    Returns the config, in which None now means what the run had, and the checkpoint to go on from, or None.
+    """
     out = Path(config.out)
-    saved, checkpoint = out / "config.json", out / "checkpoint/state.pt"
+    checkpoint = out / "checkpoint/state.pt"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if saved.is_file() and checkpoint.is_file():
-        theirs, ours = json.loads(saved.read_text())["config"], dataclasses.asdict(config)
-        for name in ours.keys() - FREE_ON_RESUME:
-            if ours[name] is not None and theirs.get(name) != ours[name]:
-                raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs.get(name)}, "
-                                f"now {ours[name]}); name another folder with --out")
-        if not config.resume:
-            raise UserError(f"{out} already holds this run; go on with --resume, or begin another with --out")
-        try:
-            return torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); delete {out}") from None
-    if config.resume:
-        raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
-    if out.is_dir() and not saved.is_file() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no run; name another folder with --out")
-    return None
+    if not checkpoint.is_file():
+        if config.resume:
+            raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
+        if out.is_dir() and not (out / "config.json").is_file() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no run; name another folder with --out")
+        return config, None
+    if not config.resume:
+        raise UserError(f"{out} already holds a run; go on with --resume, or begin another with --out")
+    theirs = dataclasses.asdict(run_config(out))
+    for name in theirs.keys() - FREE_ON_RESUME:
+        if getattr(config, name) is None:
+            config = dataclasses.replace(config, **{name: theirs[name]})
+    for name, ours in dataclasses.asdict(config).items():
+        if name not in FREE_ON_RESUME and theirs[name] != ours:
+            raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs[name]}, "
+                            f"now {ours}); name another folder with --out")
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        epoch, same = state["epoch"], state["prompts"] == prompts
+    except Exception as error:
+        raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); name another folder with "
+                        "--out, what is in this one can still be used with --run") from None
+    if not same:
+        raise UserError(f"the prompts are not those {out} began with; restore them or name another --out")
+    if epoch > config.epochs:
+        raise UserError(f"{out} has {epoch} epochs already; give --epochs {epoch} or more")
+    return config, state
+
+
+def run_config(folder: str | Path) -> Config:
+    """The settings of a run, from its config.json; `run` is that folder."""
+    path = Path(folder) / "config.json"
+    try:
+        return Config(**json.loads(path.read_text())["config"] | {"run": str(folder), "resume": False})
+    except OSError:
+        raise UserError(f"--run {folder}: there is no run in that folder") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from None
 
 
 def describe_run(config: Config, reward: Reward) -> dict:
     """What config.json holds: every setting, and with what and by whom the run was made."""
     names = ("torch", "diffusers", "peft", "triton", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True).stdout.strip() or None
+    except OSError:                                             # no git here
+        git = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"config": dataclasses.asdict(config), "scorer": reward.title, "command": sys.argv,
-            "seed": config.seed, "git_commit": git.stdout.strip() or None, "gpu": gpu,
+            "seed": config.seed, "git_commit": git, "gpu": gpu,
             "versions": {"python": sys.version.split()[0], **versions}}
 
 
@@ -1100,20 +1154,21 @@ def to_bytes(save: Callable) -> bytes:
 
 
 def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int,
-                    config: Config) -> None:
+                    prompts: str, config: Config) -> None:
     """All that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
     out = Path(config.out)
     lora = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(base.net).items()}
-    state = {"epoch": epoch, "lora": lora, "optimizer": optimizer.state_dict(), "rows": rows}
-    write_atomic(out / "checkpoint/state.pt", to_bytes(lambda file: torch.save(state, file)))
+    state = {"epoch": epoch, "prompts": prompts, "rows": rows, "lora": lora,
+             "optimizer": optimizer.state_dict()}
     write_atomic(out / "lora/adapter_model.safetensors", save(lora))
     about = {key: sorted(value) if isinstance(value, set) else value
              for key, value in base.net.peft_config["default"].to_dict().items()}
     write_atomic(out / "lora/adapter_config.json", json.dumps(about, indent=1, default=str))
     lines = [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
     write_atomic(out / "log.csv", "\n".join(lines) + "\n")
+    write_atomic(out / "checkpoint/state.pt", to_bytes(lambda file: torch.save(state, file)))  # trusted: last
 
 
 def train(config: Config) -> dict:
@@ -1121,17 +1176,20 @@ def train(config: Config) -> dict:
     from peft import set_peft_model_state_dict
     from tqdm import tqdm
     started = time.perf_counter()
-    if config.run:
+    if config.run is not None:
         raise UserError("--run is for sample and evaluate; to train longer use --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
-    state = open_run(config)
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
+    digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
+    config, state = open_run(config, digest)
     base = load_base(config, config.device)
     reward = load_reward(config.reward, base, config.device, config.scorer)
     base.encode(prompts + test_prompts)                         # an unknown word is found before any work
     null = base.encode([""])
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
+    blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
+    reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])  # cannot be trained? found before work
     out, quiet = Path(config.out), rank > 0
     if not quiet:
         print_plan(config, reward, len(prompts), len(test_prompts), world, state)
@@ -1139,14 +1197,19 @@ def train(config: Config) -> dict:
         for source in (HERE / "r2d3.py", *sorted((HERE / "kernels").glob("*.py"))):
             write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
 
-    def untouched(name: str, seed: int) -> Measurement | None:  # measured once, read again on resume
+    def base_measurement(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
         path = out / f"checkpoint/{name}.pt"
-        if not quiet and not (state and path.is_file()):
-            measured = measure(base, reward, schedule, test_prompts, config, seed, name)
-            write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
-        return None if quiet else Measurement(**torch.load(path, weights_only=True))
+        if quiet:
+            return None
+        with contextlib.suppress(Exception):
+            if state:
+                return Measurement(**torch.load(path, weights_only=True))
+        measured = measure(base, reward, schedule, test_prompts, config, seed, name)
+        write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
+        return measured
 
-    before, other = untouched("before", config.seed), untouched("before, other seeds", config.seed + 1)
+    before = base_measurement("before", config.seed)
+    other = base_measurement("before, other seeds", config.seed + 1)
     base.net = add_lora(base.net, config.lora_rank, config.seed)
     weights = [weight for weight in base.net.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
@@ -1156,18 +1219,18 @@ def train(config: Config) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         rows, first = state["rows"], state["epoch"]
 
-    updates = tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
-                   disable=quiet)
-    for epoch in range(first, config.epochs):
-        begun = time.perf_counter()
-        for row in train_epoch(base, reward, schedule, prompts, null, optimizer, config, epoch, rank, world):
-            rows.append({"update": len(rows) + 1, **row, "seconds": time.perf_counter() - begun})
+    with tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
+              disable=quiet) as updates:
+        for epoch in range(first, config.epochs):
             begun = time.perf_counter()
-            updates.update()
-            updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
-        if not quiet:
-            save_checkpoint(base, optimizer, rows, epoch + 1, config)
-    updates.close()
+            for row in train_epoch(base, reward, schedule, prompts, null, optimizer, config, epoch, rank,
+                                   world):
+                rows.append({"update": len(rows) + 1, **row, "seconds": time.perf_counter() - begun})
+                begun = time.perf_counter()
+                updates.update()
+                updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
+            if not quiet:
+                save_checkpoint(base, optimizer, rows, epoch + 1, digest, config)
     if quiet:
         return {}
     after = measure(base, reward, schedule, test_prompts, config, config.seed, "after")
@@ -1403,21 +1466,18 @@ def curves(rows: list[dict]) -> bytes:
 
 
 def load_run(config: Config) -> tuple[Config, DiffSplat]:
-    """The base with a run's LoRA on it, and the run's settings, overridden by what was given now."""
-    default = Config()
-    if config.run is None:
-        config = resolve(config)
-        return config, load_base(config, config.device)
-    saved = Path(config.run) / "config.json"
-    if not saved.is_file() or not (Path(config.run) / "lora/adapter_model.safetensors").is_file():
-        raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-             if getattr(config, field.name) != getattr(default, field.name)}
-    theirs = json.loads(saved.read_text())["config"] | {"device": None, "resume": False}
-    config = resolve(Config(**theirs | given))
+    """The base, with the LoRA of `config.run` on it if that is set."""
+    config = resolve(config)
     base = load_base(config, config.device)
-    from peft import PeftModel
-    base.net = PeftModel.from_pretrained(base.net, str(Path(config.run) / "lora")).to(base.device).eval()
+    if config.run is not None:
+        from peft import PeftModel
+        folder = Path(config.run) / "lora"
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
+        try:
+            base.net = PeftModel.from_pretrained(base.net, str(folder)).to(base.device).eval()
+        except Exception as error:
+            raise UserError(f"{folder} cannot be read ({type(error).__name__}); is it whole?") from None
     return config, base
 
 
@@ -1432,6 +1492,7 @@ def sample(config: Config) -> list[Path]:
     config, base = load_run(config)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     written = []
+    base.encode(prompts)                                        # an unknown word is found before any work
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt]).expand(config.samples_per_prompt)
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance,
@@ -1441,6 +1502,8 @@ def sample(config: Config) -> list[Path]:
         for s in range(len(x0)):
             name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
             path = folder / f"{name}-seed{config.seed}-{s}.ply"
+            if path in written:                                 # the same words twice in one list
+                path = path.with_stem(f"{path.stem}-prompt{n + 1}")
             one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
             save_ply(path, one)
             write_atomic(path.with_suffix(".png"), png(picture_rows(pictures[s:s + 1])))
@@ -1452,7 +1515,7 @@ def sample(config: Config) -> list[Path]:
 
 def evaluate(config: Config) -> dict:
     """Measure a run (or, without --run, the base) on unseen prompts, with other seeds or more samples."""
-    started = time.perf_counter()
+    started, given = time.perf_counter(), config.out
     config, base = load_run(config)
     reward = load_reward(config.reward, base, config.device, config.scorer)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
@@ -1465,8 +1528,8 @@ def evaluate(config: Config) -> dict:
         other = measure(*common, config.seed + 1, "the base once more, for FID")
     summary = {"scorer": reward.title, "base": config.base, **compare(before, after, other),
                "seconds": time.perf_counter() - started}
-    if config.run:
-        write_atomic(Path(config.run) / "evaluation.json", json.dumps(summary, indent=1))
+    if config.run or given:
+        write_atomic(Path(given or config.run) / "evaluation.json", json.dumps(summary, indent=1))
     print_summary(summary)
     return summary
 
@@ -1480,7 +1543,12 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
     try:
         with contextlib.redirect_stderr(message):
             prog = "python r2d3.py [train | sample | evaluate]"
-            return commands[name], tyro.cli(Config, prog=prog, args=arguments)
+            read = partial(tyro.cli, Config, prog=prog, args=arguments)
+            config = read()
+            if config.run is not None and name != "train":      # what is not given is as it was in the run
+                theirs = run_config(config.run)
+                config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None))
+            return commands[name], config
     except SystemExit as stop:
         if stop.code == 0:                                      # --help
             raise
@@ -1498,9 +1566,11 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(f"\nr2d3: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("\nr2d3: out of memory; try a smaller --micro-batch or --eval-batch", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nr2d3: stopped; the same command with --resume goes on after the last finished epoch, if any",
-              file=sys.stderr)
+        print("\nr2d3: stopped; with --resume training goes on after its last epoch", file=sys.stderr)
         return 130
 
 

@@ -51,8 +51,8 @@ def test_help_lists_every_field(capsys):
 
 
 def readme_commands():
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "\n".join(text for language, text in blocks if language == "bash").replace("\\\n", " ").splitlines()
     found = [part.strip() for line in lines for part in line.split("#")[0].split("&&")]
     return [line for line in found if line.startswith("python ")]
 
@@ -77,6 +77,11 @@ def test_readme_commands_parse():
     (["--steps", "many"], ["--steps", "many"]),
     (["--steps", "0"], ["--steps", "above zero"]),
     (["--steps", "501"], ["501", "500"]),
+    (["--lr", "inf"], ["--lr"]),
+    (["--seed", "9" * 26], ["--seed"]),
+    (["--lora-rank", "100000"], ["--lora-rank", "1024"]),
+    (["--eval-size", "2"], ["--eval-size", "8"]),
+    (["--reward", "aesthetic=nan"], ["weight"]),
     (["--views", "-1"], ["--views"]),
     (["--view-size", "0"], ["--view-size"]),
     (["--batch-size", "0"], ["--batch-size"]),
@@ -111,6 +116,9 @@ def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     code, text = run(monkeypatch, capsys, "--prompts", "empty.txt")
     assert code == 2 and "empty.txt is empty" in text
+    (tmp_path / "latin.txt").write_bytes("ein grüner Würfel".encode("latin-1"))
+    code, text = run(monkeypatch, capsys, "--prompts", "latin.txt")
+    assert code == 2 and "not UTF-8" in text
 
     whole = (ROOT / "assets/shapes.safetensors").read_bytes()
     for name, content in {"truncated": whole[:100_000], "header only": whole[:4], "nothing": b""}.items():
@@ -121,6 +129,11 @@ def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
     (tmp_path / "mine.py").write_text("def other(render, prompts): pass\n")
     code, text = run(monkeypatch, capsys, "--reward", "mine.py:score")
     assert code == 2 and "no function 'score'" in text
+    for body, word in (("return render.image.mean()", "returned"), ("return 1 / 0", "ZeroDivisionError"),
+                       ("return render.image.detach().mean((2, 3, 4))", "no gradient")):
+        (tmp_path / "mine.py").write_text(f"def score(render, prompts):\n    {body}\n")
+        code, text = run(monkeypatch, capsys, "--reward", "mine.py:score", "--out", "unused")
+        assert code == 2 and word in text and not (tmp_path / "unused").exists(), text
     (tmp_path / "broken.py").write_text("def score(:\n")
     code, text = run(monkeypatch, capsys, "--reward", "broken.py:score")
     assert code == 2 and "broken.py" in text and "Traceback" not in text

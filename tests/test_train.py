@@ -87,6 +87,38 @@ def test_two_epochs_and_two_more_equal_four(two_epochs, prompt_files, tmp_path):
         r2d3.train(tiny(prompt_files, out, epochs=4))
     with pytest.raises(r2d3.UserError, match="lr was 0.001"):
         r2d3.train(tiny(prompt_files, out, epochs=4, resume=True, lr=0.5))
+    with pytest.raises(r2d3.UserError, match="4 epochs already"):
+        r2d3.train(tiny(prompt_files, out, epochs=1, resume=True))
+    with pytest.raises(r2d3.UserError, match="prompts are not those"):
+        changed = {**prompt_files, "prompts": prompt_files["prompts"]}
+        Path(changed["prompts"]).write_text(Path(changed["prompts"]).read_text() + "\na red cube\n")
+        r2d3.train(tiny(changed, out, epochs=5, resume=True))
+
+
+def test_damaged_run_folders(prompt_files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    r2d3.train(tiny(prompt_files, out, epochs=1, guidance=3.0))
+    assert r2d3.train(tiny(prompt_files, out, epochs=2, resume=True))["updates"] == 4  # guidance: as the run had it
+    assert json.loads((out / "config.json").read_text())["config"]["guidance"] == 3.0
+    lora = (out / "lora/adapter_model.safetensors").read_bytes()
+    for name, content, arguments in (
+            ("lora/adapter_model.safetensors", lora[:1000], ["sample", "--prompts", "a red cube", "--run", str(out)]),
+            ("config.json", b"{", ["evaluate", "--run", str(out)]),
+            ("checkpoint/state.pt", b"junk", None)):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        if arguments is None:
+            with pytest.raises(r2d3.UserError, match="cannot be read"):
+                r2d3.train(tiny(prompt_files, out, epochs=3, resume=True))
+        else:
+            monkeypatch.setattr(sys, "argv", ["r2d3.py", *arguments])
+            assert r2d3.main() == 2 and "cannot be read" in capsys.readouterr().err
+        (out / name).write_bytes(whole)
+    (out / "checkpoint/before.pt").write_bytes(b"junk")  # only a cache: it is measured again
+    assert r2d3.train(tiny(prompt_files, out, epochs=3, resume=True))["updates"] == 6
+    monkeypatch.setattr(sys, "argv", ["r2d3.py", "sample", "--prompts", "a red cube", "--run", str(out), "--out",
+                                      str(tmp_path / "made"), "--samples-per-prompt", "4"])
+    assert r2d3.main() == 0 and len(list((tmp_path / "made").glob("*.ply"))) == 4
 
 
 def test_kill_loses_nothing_saved(prompt_files, tmp_path):
@@ -98,7 +130,7 @@ def test_kill_loses_nothing_saved(prompt_files, tmp_path):
             command += [f"--{name.replace('_', '-')}", str(value)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
     deadline = time.time() + 120
-    while time.time() < deadline and not (out / "log.csv").is_file():
+    while time.time() < deadline and not (out / "checkpoint/state.pt").is_file():
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -155,7 +187,8 @@ def test_fine_tuning_raises_the_reward_on_unseen_prompts(prompt_files, tmp_path)
 
 def test_sample_writes_what_viewers_open(two_epochs, tmp_path):
     out, _ = two_epochs
-    written = r2d3.sample(r2d3.Config(prompts="a red cube", run=str(out), out=str(tmp_path), steps=6, samples_per_prompt=2))
+    config = dataclasses.replace(r2d3.run_config(out), prompts="a red cube", out=str(tmp_path), samples_per_prompt=2)
+    written = r2d3.sample(config)
     assert [path.name for path in written] == ["a-red-cube-seed0-0.ply", "a-red-cube-seed0-1.ply"]
     for path in written:
         content = path.read_bytes()
@@ -176,7 +209,7 @@ def test_sample_without_a_run_samples_the_base(two_epochs, tmp_path):
 
 def test_evaluate_a_run_and_the_base(two_epochs, prompt_files):
     out, summary = two_epochs
-    again = r2d3.evaluate(r2d3.Config(run=str(out)))
+    again = r2d3.evaluate(dataclasses.replace(r2d3.run_config(out), out=None))
     assert again["reward"]["before"] == pytest.approx(summary["reward"]["before"], rel=1e-5)
     assert (out / "evaluation.json").is_file()
     base = r2d3.evaluate(dataclasses.replace(tiny(prompt_files, None), out=None))
