@@ -1,7 +1,7 @@
 """Make the embedded base `shapes` from nothing: data, autoencoder, judges, denoiser, measured quality.
 
     python assets/make_shapes.py                                    # hours on two cores; stops and goes on at will
-    python assets/make_shapes.py --quick --work runs/quick --out runs/quick/shapes.safetensors        # a smoke test
+    python assets/make_shapes.py --quick                            # a smoke test, in runs/quick_shapes
 
 Every stage leaves its result in the work folder and is skipped when that is there, so a stopped run goes on where it
 was (training goes on from a checkpoint that is at most two minutes old). Stages:
@@ -603,18 +603,23 @@ def write_asset(path: Path, base: r2d3.DiffSplat, text: torch.nn.Module, quality
     state |= {"latent_mean": base.latent_mean.flatten(), "latent_std": base.latent_std.flatten()}
     about = {"net": NET, "vae": VAE, "vocab": VOCAB, "max_length": MAX_LENGTH, "prediction_type": "v_prediction",
              "guidance": base.guidance, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE, "tower": {}, "normal": {}}
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:                                                                                # no git here
+        commit = "unknown"
     r2d3.write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),
                                          "source": f"assets/make_shapes.py at commit {commit}"}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/make_shapes", help="where the stages leave their results")
-    parser.add_argument("--out", type=Path, default=ROOT / "assets/shapes.safetensors", help="the file to make")
+    parser.add_argument("--work", type=Path, help="where the stages leave their results; runs/make_shapes")
+    parser.add_argument("--out", type=Path, help="the file to make; assets/shapes.safetensors")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: tests the script, not the model")
     parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this stage")
     args = parser.parse_args()
+    args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
+    args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "assets/shapes.safetensors")
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": 1, "prompts": 4} if args.quick else
             {"data": 3600, "held_out": 200, "ae": 9000, "pictures": 4, "tower": 4000, "normal": 2500, "latents": 8,

@@ -24,8 +24,11 @@ METRICS = ("reward", "alignment", "retrieved", "coverage", "diversity", "fid_to_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    choices = {"matching": ["eps", "score"], "branch": ["guided", "conditional"],
+               "last_step": ["always", "stratified", "never"]}
     for name, kind in SETTINGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help="one or more values")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", choices=choices.get(name),
+                            help="one or more values")
     parser.add_argument("--rows", type=Path, default=ROOT / "assets/results/sweep.jsonl", help="the file to append to")
     parser.add_argument("--table", action="store_true", help="print the rows as a table and stop")
     args = parser.parse_args()
@@ -48,7 +51,11 @@ def main() -> None:
             if any(row["settings"] == settings for row in known):
                 continue
             print(settings)
-            summary = r2d3.train(config)
+            try:
+                summary = r2d3.train(config)
+            except r2d3.UserError as error:
+                print(f"left out: {error}")
+                continue
             about = json.loads(Path(config.out, "config.json").read_text())
         row = {"settings": settings, **{name: summary[name] for name in METRICS}, "scorer": summary["scorer"],
                "updates": summary["updates"], "seconds": round(summary["seconds"]), "commit": about["git_commit"],

@@ -4,7 +4,7 @@ Guidance, residual, both losses and their gradients in one pass over the inputs 
 Nothing of the latents' size is written except the two gradients. Lift this file on its own: it needs torch,
 and triton where a GPU is to be used.
 
-Mathematics (E4-E6 are the numbers of DESIGN.md section 3 and of the README)
+Mathematics (E4-E6 are the README's numbers)
 
     u, t, ur, tr   the network's and the frozen reference's eps, unconditional and with text; s = guidance
     eps_theta    = u + s (t - u)   =  t + (s - 1) (t - u)             classifier-free guidance

@@ -64,7 +64,7 @@ def differentiate(function, arguments, incoming):
 
 
 def dense(u, t, ur, tr, old, g, s, k, weight):
-    """DESIGN.md E4 to E6 as they are written, in float64."""
+    """E4 to E6 of the README as they are written, in float64."""
     column = lambda x: x.reshape(-1, *[1] * (t.ndim - 1)) if torch.is_tensor(x) else x  # noqa: E731
     s, k, weight = column(s), column(k), column(weight)
     eps = t if u is None else u + s * (t - u)

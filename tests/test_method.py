@@ -85,7 +85,7 @@ def test_a_step_keeps_the_marginals(sampler, steps):
     alpha, sigma = schedule.alpha, schedule.sigma
     assert close(c_x * alpha[:-1] + c_0, alpha[1:])
     assert close((c_x * sigma[:-1]) ** 2 + std ** 2, sigma[1:] ** 2)
-    h = (alpha[1:] / sigma[1:]).log() - (alpha[:-1] / sigma[:-1]).log()  # and as DESIGN.md writes them
+    h = (alpha[1:] / sigma[1:]).log() - (alpha[:-1] / sigma[:-1]).log()  # and as the README writes them
     assert close(c_x, sigma[1:] / sigma[:-1] * (-h).exp()) and close(c_0, alpha[1:] * (1 - (-2 * h).exp()))
     assert close(std, sigma[1:] * (1 - (-2 * h).exp()).sqrt())
     for n in range(steps):  # one step number instead of many
