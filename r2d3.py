@@ -121,7 +121,7 @@ class Config:
     lam: float | None = None  # lambda, the pull to the rollout's predictions (E5); None: by base and reward
     matching: Literal["eps", "score"] | None = None  # score: E4 (paper); eps: divided by k; None: by base
     branch: Literal["guided", "conditional"] | None = None  # what is matched (paper: guided); None: by base
-    last_step: Literal["always", "stratified", "never"] = "always"  # is it trained? (paper: always)
+    last_step: Literal["always", "stratified", "never"] = "always"  # is it trained? paper: always
     fraction: float = 0.4  # share of every trajectory's steps that is trained (paper)
     time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
@@ -138,7 +138,7 @@ class Config:
 
 PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "branch": "guided", "views": 4,
          "view_size": 512, "eval_size": 512}
-PRESETS = {  # looked up by base and reward; the `shapes` values come from assets/results/sweep.jsonl
+PRESETS = {  # by base and reward; `shapes`: chosen from assets/results/sweep.jsonl; "paper": bases to come
     "shapes": {
         "": {"epochs": 6, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional",
              "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 500.0},
@@ -163,6 +163,10 @@ def resolve(config: Config) -> Config:
              "device": "cuda" if torch.cuda.is_available() else "cpu",
              "out": f"runs/{config.base}-{name}-seed{config.seed}"}
     filled |= {name: value for name, value in usual.items() if getattr(config, name) is None}
+    for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
+        path = filled.get(name, getattr(config, name))
+        if path and Path(path[:200]).is_file():
+            filled[name] = str(Path(path).resolve())
     config = dataclasses.replace(config, **filled)
     try:
         torch.empty(0, device=config.device).cpu()
@@ -795,6 +799,8 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
 
     The returned function has a `.title` that says which scorer measures it.
     """
+    if scorer == "laion" and "aesthetic" not in spec:
+        raise UserError(f"--scorer laion measures aesthetic, and --reward is {spec}; leave --scorer out")
     terms = []
     for part in spec.split(","):
         name, _, weight = part.partition("=")
@@ -1194,7 +1200,7 @@ def train(config: Config) -> dict:
     if not quiet:
         print_plan(config, reward, len(prompts), len(test_prompts), world, state)
         write_atomic(out / "config.json", json.dumps(describe_run(config, reward), indent=1))
-        for source in (HERE / "r2d3.py", *sorted((HERE / "kernels").glob("*.py"))):
+        for source in () if state else (HERE / "r2d3.py", *sorted((HERE / "kernels").glob("*.py"))):
             write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
 
     def base_measurement(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
@@ -1331,8 +1337,9 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
     def entry(old: Tensor, new: Tensor, resampled: Tensor) -> dict:
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
         change = (new - old).item()
+        error = resampled.std().item()
         return {"before": old.item(), "after": new.item(), "change": change, "ci95": [low, high],
-                "standard_errors": change / max(resampled.std().item(), 1e-12)}
+                "standard_errors": change / error if error > 1e-9 else 0.0}
 
     result = {}
     for name in ("reward", "alignment", "retrieved", "coverage", "diversity"):
@@ -1548,6 +1555,8 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
             if config.run is not None and name != "train":      # what is not given is as it was in the run
                 theirs = run_config(config.run)
                 config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None))
+            if config.resume and name != "train":
+                raise UserError("--resume is for training; leave it out")
             return commands[name], config
     except SystemExit as stop:
         if stop.code == 0:                                      # --help

@@ -77,6 +77,8 @@ def test_readme_commands_parse():
     (["--steps", "many"], ["--steps", "many"]),
     (["--steps", "0"], ["--steps", "above zero"]),
     (["--steps", "501"], ["501", "500"]),
+    (["--reward", "dnc", "--scorer", "laion"], ["--scorer laion", "dnc"]),
+    (["sample", "--prompts", "a red cube", "--resume"], ["--resume", "training"]),
     (["--lr", "inf"], ["--lr"]),
     (["--seed", "9" * 26], ["--seed"]),
     (["--lora-rank", "100000"], ["--lora-rank", "1024"]),
