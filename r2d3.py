@@ -141,7 +141,7 @@ PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "bran
 PRESETS = {  # by base and reward; `shapes`: chosen from assets/results/sweep.jsonl; "paper": bases to come
     "shapes": {
         "": {"epochs": 6, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional",
-             "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 500.0},
+             "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 300.0},
     },
     "paper": {
         "": PAPER | {"beta": 1e6, "lam": 1e4},
