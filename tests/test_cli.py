@@ -57,7 +57,11 @@ def readme_commands():
     return [line for line in found if line.startswith("python ")]
 
 
-def test_readme_commands_parse():
+def test_readme_commands_parse(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/shapes-aesthetic-seed0"  # the run that the README's first command leaves
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"config": dataclasses.asdict(r2d3.Config())}))
     commands = readme_commands()
     assert any(command == "python r2d3.py --reward aesthetic" for command in commands)
     for command in commands:

@@ -68,7 +68,7 @@ def test_geometry_is_where_it_should_be():
     angular = math.asin(radius / 1.4)
     area = math.pi * (math.tan(angular) * r2d3.FXFY) ** 2
     assert (out.alpha[0] > 0.5).float().mean().item() == pytest.approx(area, rel=0.25)  # splats reach over the rim
-    assert out.normal[0, 0, :, 31:33, 31:33].mean((1, 2)).tolist() == pytest.approx([0, 0, -1], abs=0.08)
+    assert out.normal[0, 0, :, 31:33, 31:33].mean((1, 2)).tolist() == pytest.approx([0, 0, -1], abs=0.15)
     left, right = out.normal[0, 0, 0, 32, 24].item(), out.normal[0, 0, 0, 32, 40].item()
     assert left < -0.3 and right > 0.3  # x is to the right, and the sphere is convex
 
