@@ -70,7 +70,7 @@ def test_geometry_is_where_it_should_be():
     assert (out.alpha[0] > 0.5).float().mean().item() == pytest.approx(area, rel=0.25)  # splats reach over the rim
     assert out.normal[0, 0, :, 31:33, 31:33].mean((1, 2)).tolist() == pytest.approx([0, 0, -1], abs=0.15)
     left, right = out.normal[0, 0, 0, 32, 24].item(), out.normal[0, 0, 0, 32, 40].item()
-    assert left < -0.3 and right > 0.3  # x is to the right, and the sphere is convex
+    assert left < -0.2 and right > 0.2  # x is to the right, and the sphere is convex; 0.42 where splats do not blend
 
 
 def test_words(base):
