@@ -17,10 +17,10 @@ which samples from (prior x reward) instead of climbing the reward alone, and so
 `eps_ref` is the same network with its LoRA switched off. The numbers E1-E7 are explained in the README ("The
 mathematics"). The file reads from top to bottom; every section says what it needs, so that it can be lifted:
 
-    1 constants and words    5 NoiseSchedule      9 the loss
-    2 Config                 6 bases             10 train
-    3 cameras                7 rewards           11 evaluate
-    4 Gaussians              8 rollout           12 command line
+    1 constants and words    5 NoiseSchedule     9 the loss          13 command line
+    2 Config                 6 bases            10 the baselines
+    3 cameras                7 rewards          11 train
+    4 Gaussians              8 rollout          12 evaluate
 
 Run it:   python r2d3.py --reward aesthetic                        # minutes on two CPU cores, no download
           python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
@@ -124,8 +124,16 @@ class Config:
     last_step: Literal["always", "stratified", "never"] = "always"  # is it trained? paper: always
     fraction: float = 0.4  # share of every trajectory's steps that is trained (paper)
     time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
+    train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
+    stratify: bool = True  # draw the trained steps evenly over time (paper); else uniformly at random
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
     clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
+
+    updates_per_gradient: int = 1  # an epoch's transitions are gone through so often (paper: 1)
+    method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or a baseline of its paper
+    draft_steps: int = 1  # DRaFT-K's K: sampler steps that the gradient goes through
+    draft_noises: int = 0  # DRaFT-LV: one step from so many renoised copies of the sample; 0: DRaFT-K
+    ddpo_clip: float = 1e-4  # DDPO: how far the likelihood ratio may leave 1
 
     views: int | None = None  # pictures per object for the reward (paper: 4); None: by base
     view_size: int | None = None  # pixels of such a picture's side; None: by base
@@ -176,8 +184,10 @@ def resolve(config: Config) -> Config:
     on_cpu = torch.device(config.device).type == "cpu"
     if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
-    may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed"}
-    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62}
+    may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
+                   "draft_noises"}
+    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9,
+               "draft_steps": config.steps}
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
             continue
@@ -190,6 +200,8 @@ def resolve(config: Config) -> Config:
         raise UserError("--view-size and --eval-size must be at least 8 pixels")
     if config.steps == 1 and config.last_step == "never":
         raise UserError("--steps 1 with --last-step never leaves nothing to train; use more steps")
+    if config.draft_noises and config.draft_steps > 1:
+        raise UserError("--draft-noises is DRaFT-LV, which has one step; leave --draft-steps out")
     return config
 
 
@@ -408,6 +420,11 @@ class NoiseSchedule:
         c_x = self.sigma[i + 1] / self.sigma[i] * decay                                             # (E2)
         c_0 = self.alpha[i + 1] * (1 - decay ** 2)                                                  # (E2)
         return c_x, c_0, self.sigma[i + 1] * (1 - decay ** 2).sqrt()                                # (E3)
+
+    def transition(self, x: Tensor, eps: Tensor, i: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (like x) and std (to broadcast against it) of x_s, given x_t and its noise."""
+        c_x, c_0, std = (per_sample(value, x) for value in self.step(i))
+        return c_x * x + c_0 * self.x0(x, eps, i), std                                              # (E2, E3)
 
     def k(self, i: int | Tensor) -> Tensor:
         """How the score of step i depends on the prediction: score = const - k eps (E6)."""
@@ -889,6 +906,11 @@ def guide(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> Tenso
     return eps_text if eps_uncond is None else eps_uncond + guidance * (eps_text - eps_uncond)
 
 
+def predict_guided(base: DiffSplat, x: Tensor, t: Tensor, cond: Cond, null: Cond, guidance: float) -> Tensor:
+    """The prediction that the sampler uses."""
+    return guide(*predict_both(base, x, t, cond, null, guidance), guidance)
+
+
 @torch.no_grad()
 def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
             generator: torch.Generator, progress: Callable = iter) -> Trajectory:
@@ -902,16 +924,16 @@ def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, gu
     for i in progress(range(len(schedule))):
         x = xs[-1]
         eps_uncond, eps_text = predict_both(base, x, schedule.t(i).expand(B), cond, null, guidance)
-        c_x, c_0, std = schedule.step(i)
-        mean = c_x * x + c_0 * schedule.x0(x, guide(eps_uncond, eps_text, guidance), i)             # (E1, E2)
-        xs.append((mean + std * noise()).to(x))                                                     # (E3)
+        mean, std = schedule.transition(x, guide(eps_uncond, eps_text, guidance), i)
+        xs.append(mean + std * noise())
         unconds.append(eps_uncond)
         texts.append(eps_text)
     uncond = None if guidance == 1 else torch.stack(unconds, 1)
     return Trajectory(torch.stack(xs, 1), uncond, torch.stack(texts, 1))
 
 
-def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator) -> list[int]:
+def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator,
+                     train_from: float = 0.0, stratify: bool = True) -> list[int]:
     """The steps of one trajectory to train: the last one as `last_step` says, the rest stratified over time.
 
     The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting
@@ -919,10 +941,12 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
     """
     count = max(1, int(steps * fraction + 1e-9))
     always = [steps - 1] if last_step == "always" else []
-    pool = torch.arange(steps if last_step == "stratified" else steps - 1)
-    quarters = [q[torch.randperm(len(q), generator=generator)].tolist() for q in pool.tensor_split(4)]
-    first = int(torch.randint(4, (), generator=generator))
-    turns = [q[n] for n in range(-(-steps // 4)) for q in quarters[first:] + quarters[:first] if n < len(q)]
+    end = steps if last_step == "stratified" else steps - 1
+    pool = torch.arange(min(round(steps * train_from), end), end)
+    parts = pool.tensor_split(4) if stratify else [pool]
+    parts = [part[torch.randperm(len(part), generator=generator)].tolist() for part in parts]
+    first = int(torch.randint(len(parts), (), generator=generator))
+    turns = [part[n] for n in range(steps) for part in parts[first:] + parts[:first] if n < len(part)]
     return always + turns[:count - len(always)]
 
 
@@ -948,6 +972,7 @@ class Transitions(NamedTuple):
     eps_old: Tensor            # (M, *latent)
     cond: Cond                 # M prompts, encoded
     prompts: list[str]         # M prompts
+    advantage: Tensor | None = None     # (M,) of the whole trajectory, for DDPO
 
 
 def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
@@ -966,8 +991,7 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
     x_s = batch.x_s.detach().requires_grad_()
     s = batch.i + 1
     with contextlib.nullcontext() if config.jacobian else torch.no_grad():
-        halves = predict_both(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
-        eps = guide(*halves, config.guidance)
+        eps = predict_guided(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
     score, _ = judge(base, reward, schedule.x0(x_s, eps, s), batch.prompts, config, generator)  # (E1) at s
     g, = torch.autograd.grad(score.sum(), x_s)
     if config.clip_reward_grad:
@@ -999,7 +1023,84 @@ def kernel_backend(config: Config) -> str | None:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 10. Train
+# 10. The baselines
+# What the paper compares with, on the same base, rewards, views, LoRA, optimiser and order of the data. They
+# return a loss per transition (M,) and climb the reward alone: nothing in them holds on to the prior.
+# Needs: sections 5, 7, 8, judge.
+# -----------------------------------------------------------------------------------------------------------
+
+
+def refl_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
+              config: Config, generator: torch.Generator) -> Tensor:
+    """ReFL (ImageReward, arXiv 2304.05977): minus the reward of the one-step estimate at a late step."""
+    eps = predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, config.guidance)
+    return -judge(base, reward, schedule.x0(batch.x_t, eps, batch.i), batch.prompts, config, generator)[0]
+
+
+def draft_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
+               config: Config, generator: torch.Generator) -> Tensor:
+    """DRaFT-K (arXiv 2309.17400): minus the reward of the sample, through the last K steps of the sampler.
+
+    The steps start at grid point T - K of the rollout and draw new noise. DRaFT-LV (`draft_noises`) starts
+    at the last step from the rollout's sample, noised anew, which lowers the variance of the gradient.
+    """
+    def noise(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator).to(x)
+
+    x, first = batch.x_t, len(schedule) - config.draft_steps
+    if config.draft_noises:
+        x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * noise(x)
+    for i in range(first, len(schedule)):
+        eps = predict_guided(base, x, schedule.t(i).expand(len(x)), batch.cond, null, config.guidance)
+        mean, std = schedule.transition(x, eps, i)
+        x = mean + std * noise(x)
+    return -judge(base, reward, x, batch.prompts, config, generator)[0]
+
+
+def log_prob(schedule: NoiseSchedule, batch: Transitions, eps: Tensor) -> Tensor:
+    """log N(x_s; mean, std^2), the mean over the latent's elements (as Nabla-R2D3's code has it): (M,)."""
+    mean, std = schedule.transition(batch.x_t, eps, batch.i)
+    density = -((batch.x_s - mean) / std) ** 2 / 2 - std.log() - math.log(2 * math.pi) / 2
+    return density.flatten(1).mean(1)
+
+
+def ddpo_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
+              config: Config, generator: torch.Generator) -> Tensor:
+    """DDPO (arXiv 2305.13301): PPO's clipped policy gradient; the policy is the sampler's Gaussian step."""
+    eps = predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, config.guidance)
+    ratio = (log_prob(schedule, batch, eps) - log_prob(schedule, batch, batch.eps_old)).exp()
+    clipped = ratio.clamp(1 - config.ddpo_clip, 1 + config.ddpo_clip)
+    return -torch.minimum(batch.advantage * ratio, batch.advantage * clipped)
+
+
+def advantages(scores: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
+    """DDPO's: rewards (B,), each normalised by its prompt's last 32; by this epoch's until there are 8.
+
+    `history`, by prompt, is brought up to date.
+    """
+    for prompt, score in zip(prompts, scores):
+        history[prompt] = [*history.get(prompt, []), score][-32:]
+    peers = [history[prompt] if len(history[prompt]) >= 8 else scores for prompt in prompts]
+    mean = torch.tensor([math.fsum(peer) / len(peer) for peer in peers])
+    std = torch.tensor([torch.tensor(peer).std(correction=0) for peer in peers])
+    return (torch.tensor(scores) - mean) / (std + 1e-6)
+
+
+def pick_steps(config: Config, generator: torch.Generator) -> list[int]:
+    """The steps of one trajectory that the method trains."""
+    if config.method == "refl":                                             # one of the last quarter
+        return [config.steps - 1 - int(torch.randint(-(-config.steps // 4), (), generator=generator))]
+    if config.method == "draft":
+        return [config.steps - config.draft_steps] * max(1, config.draft_noises)
+    return pick_transitions(config.steps, config.fraction, config.last_step, generator, config.train_from,
+                            config.stratify)
+
+
+BASELINES = {"refl": refl_loss, "draft": draft_loss, "ddpo": ddpo_loss}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 11. Train
 # One loop. Every epoch draws its randomness from a generator of its own, seeded by (seed, epoch, process), so
 # a resumed run continues bit for bit without stored random states.
 # Several GPUs: torchrun --nproc-per-node N r2d3.py ...
@@ -1028,39 +1129,57 @@ def start_processes(config: Config) -> tuple[Config, int, int]:
 
 
 def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
-                optimizer: torch.optim.Optimizer, config: Config, epoch: int, rank: int,
-                world: int) -> Iterator[dict]:
-    """Sample, then descend. Yields one log row per update."""
+                optimizer: torch.optim.Optimizer, config: Config, epoch: int, rank: int, world: int,
+                history: dict[str, list[float]]) -> Iterator[dict]:
+    """Sample, then descend. Yields one log row per update. `history` is DDPO's, see `advantages`."""
     generator = seeded(config.seed, epoch, rank)
     B, weights = config.batch_size, optimizer.param_groups[0]["params"]
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(0, B, len(prompts))])
     chosen = [prompts[n] for n in order[:B]]
     cond = base.encode(chosen)
     trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
-    with torch.no_grad():                   # for the log: what the samples themselves score
+    with torch.no_grad():                   # for the log and for DDPO: what the samples themselves score
         score, pictures = judge(base, reward, trajectory.x[:, -1], chosen, config, generator)
     sampled = {"reward": score.mean().item(), "coverage": pictures.alpha.mean().item()}
 
-    guidance = config.guidance if config.branch == "guided" else 1.0
+    ddpo, advantage = config.method == "ddpo", torch.zeros_like(score)
+    if ddpo:
+        everyone = [(score.tolist(), chosen)] * world
+        if world > 1:
+            torch.distributed.all_gather_object(everyone, (score.tolist(), chosen))
+        scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
+        advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B].to(score)
+    guidance = config.guidance if config.branch == "guided" or ddpo else 1.0
     eps_old = guide(trajectory.eps_uncond if guidance != 1 else None, trajectory.eps_text, guidance)
-    pairs = torch.tensor([(b, i) for b in range(B) for i in
-                          pick_transitions(config.steps, config.fraction, config.last_step, generator)])
+    pairs = torch.tensor([(b, i) for b in range(B) for i in pick_steps(config, generator)])
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
-        totals = torch.zeros(3)
+    shares = pairs.tensor_split(min(config.updates_per_epoch, len(pairs))) * config.updates_per_gradient
+    judged, gradients = B if ddpo else 0, {}                    # objects judged; g, which may be used again
+    for number, share in enumerate(shares):
+        totals = {}
         for part in share.split(config.micro_batch):
             b, i = part.unbind(1)
             batch = Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b],
-                                [chosen[n] for n in b])
-            g, score = reward_gradient(base, reward, schedule, batch, null, config, generator)
-            match, reg = nabla_loss(base, schedule, batch, null, g, config)
-            loss = match + config.lam * reg
-            for name, value in (("reward", score), ("reward gradient", g.flatten(1).sum(1)), ("loss", loss)):
+                                [chosen[n] for n in b], advantage[b])
+            if config.method == "nabla":
+                key = tuple(part[0].tolist())                   # its first transition names a micro-batch
+                if key not in gradients:
+                    judged += len(part)
+                    gradients[key] = reward_gradient(base, reward, schedule, batch, null, config, generator)
+                g, score = gradients[key]
+                match, reg = nabla_loss(base, schedule, batch, null, g, config)
+                values = {"reward_x0": score, "reward_gradient": g.square().flatten(1).mean(1).sqrt(),
+                          "loss": match + config.lam * reg, "match": match, "reg": reg}
+            else:
+                judged += 0 if ddpo else len(part)
+                loss = BASELINES[config.method](base, reward, schedule, batch, null, config, generator)
+                values = {"loss": loss}
+            for name, value in values.items():
                 if not value.isfinite().all():
                     where = f"{name} at sampler step {i[~value.isfinite().cpu()][0]}"
                     stop_diverged(where, epoch, number, config)
-            (loss.sum() / len(share)).backward()
-            totals += torch.stack([loss.detach().sum(), match.detach().sum(), reg.detach().sum()]).cpu()
+                totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
+            (values["loss"].sum() / len(share)).backward()
         if world > 1:
             for weight in weights:
                 torch.distributed.all_reduce(weight.grad)
@@ -1072,8 +1191,8 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
         if not all(weight.isfinite().all() for weight in weights):
             stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
-        loss, match, reg = (totals / len(share)).tolist()
-        yield {"epoch": epoch, **sampled, "loss": loss, "match": match, "reg": reg, "grad_norm": norm.item()}
+        yield {"epoch": epoch, "judged": judged * world, **totals, **sampled, "grad_norm": norm.item()}
+        judged = 0
 
 
 def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
@@ -1160,14 +1279,14 @@ def to_bytes(save: Callable) -> bytes:
 
 
 def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int,
-                    prompts: str, config: Config) -> None:
+                    prompts: str, history: dict, config: Config) -> None:
     """All that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
     out = Path(config.out)
     lora = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(base.net).items()}
     state = {"epoch": epoch, "prompts": prompts, "rows": rows, "lora": lora,
-             "optimizer": optimizer.state_dict()}
+             "history": history, "optimizer": optimizer.state_dict()}
     write_atomic(out / "lora/adapter_model.safetensors", save(lora))
     about = {key: sorted(value) if isinstance(value, set) else value
              for key, value in base.net.peft_config["default"].to_dict().items()}
@@ -1219,24 +1338,25 @@ def train(config: Config) -> dict:
     base.net = add_lora(base.net, config.lora_rank, config.seed)
     weights = [weight for weight in base.net.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
-    rows, first = [], 0
+    rows, first, history = [], 0, {}
     if state:
         set_peft_model_state_dict(base.net, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
-        rows, first = state["rows"], state["epoch"]
+        rows, first, history = state["rows"], state["epoch"], state["history"]
 
-    with tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
-              disable=quiet) as updates:
+    total = config.epochs * config.updates_per_epoch * config.updates_per_gradient
+    with tqdm(total=total, initial=len(rows), desc="fine-tuning", disable=quiet) as updates:
         for epoch in range(first, config.epochs):
             begun = time.perf_counter()
             for row in train_epoch(base, reward, schedule, prompts, null, optimizer, config, epoch, rank,
-                                   world):
+                                   world, history):
+                row["judged"] += rows[-1]["judged"] if rows else 0
                 rows.append({"update": len(rows) + 1, **row, "seconds": time.perf_counter() - begun})
                 begun = time.perf_counter()
                 updates.update()
                 updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
             if not quiet:
-                save_checkpoint(base, optimizer, rows, epoch + 1, digest, config)
+                save_checkpoint(base, optimizer, rows, epoch + 1, digest, history, config)
     if quiet:
         return {}
     after = measure(base, reward, schedule, test_prompts, config, config.seed, "after")
@@ -1265,7 +1385,7 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 11. Evaluate
+# 12. Evaluate
 # The paper's protocol: prompts that were never trained on, the same seeds and views before and after.
 # Needs: sections 3 to 8.
 # -----------------------------------------------------------------------------------------------------------
@@ -1278,6 +1398,7 @@ class Measurement(NamedTuple):
     alignment: Tensor      # (P, S) cosine of the object's pictures and its prompt in the image-text tower
     retrieved: Tensor      # (P, S) 1 where its own prompt is the closest of all P (R@1)
     coverage: Tensor       # (P, S) mean alpha: the share of the picture that the object covers
+    dnc: Tensor            # (P, S) depth-normal consistency
     features: Tensor       # (P, S, V, D) of the pictures, unit length
     latents: Tensor        # (P, S, *latent)
 
@@ -1308,7 +1429,7 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
             own = torch.tensor(rows, device=similar.device)
             parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
                           (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)),
-                          features, x0))
+                          depth_normal_consistency(pictures, named).mean(1), features, x0))
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
 
 
@@ -1342,7 +1463,7 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
                 "standard_errors": change / error if error > 1e-9 else 0.0}
 
     result = {}
-    for name in ("reward", "alignment", "retrieved", "coverage", "diversity"):
+    for name in ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity"):
         old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1)
                     for m in (before, after))
         result[name] = entry(old.mean(), new.mean(), (new - old)[draws].mean(1))
@@ -1357,7 +1478,7 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
 
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
-           "coverage": "alpha coverage", "diversity": "diversity", "fid_to_base": "FID to the base"}
+           "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity", "fid_to_base": "FID to the base"}
 
 
 def print_summary(summary: dict) -> None:
@@ -1468,7 +1589,7 @@ def curves(rows: list[dict]) -> bytes:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 12. Command line
+# 13. Command line
 # -----------------------------------------------------------------------------------------------------------
 
 

@@ -95,6 +95,30 @@ def test_two_epochs_and_two_more_equal_four(two_epochs, prompt_files, tmp_path):
         r2d3.train(tiny(changed, out, epochs=5, resume=True))
 
 
+def test_ddpo_goes_on_with_its_rewards(prompt_files, tmp_path):
+    """What it has seen of every prompt is part of the checkpoint; 12 prompts, so that each comes up again."""
+    for folder, parts in (("straight", [3]), ("resumed", [1, 3])):
+        for epochs in parts:
+            r2d3.train(tiny(prompt_files, tmp_path / folder, method="ddpo", batch_size=12, epochs=epochs, resume=epochs > parts[0]))
+    one, other = (torch.load(tmp_path / name / "checkpoint/state.pt", weights_only=True) for name in ("straight", "resumed"))
+    assert one["history"] == other["history"] and {len(seen) for seen in one["history"].values()} == {3}
+    assert all(torch.equal(value, other["lora"][name]) for name, value in one["lora"].items())
+    assert [row["judged"] for row in one["rows"]] == [row["judged"] for row in other["rows"]] == [12, 12, 24, 24, 36, 36]
+
+
+def test_a_gradient_is_used_again(prompt_files, tmp_path, monkeypatch):
+    """Twice the updates, the same number of reward gradients; nothing else does the first half of them."""
+    calls, real = [], r2d3.reward_gradient
+    monkeypatch.setattr(r2d3, "reward_gradient", lambda *args: calls.append(len(args[3].i)) or real(*args))
+    for times in (1, 2):
+        r2d3.train(tiny(prompt_files, tmp_path / str(times), epochs=1, updates_per_gradient=times))
+    rows = [torch.load(tmp_path / str(times) / "checkpoint/state.pt", weights_only=True)["rows"] for times in (1, 2)]
+    assert calls == [4, 4] * 2 and [len(r) for r in rows] == [2, 4] and rows[1][-1]["judged"] == 8
+    same = ("judged", "reward_x0", "loss", "match", "reg", "grad_norm")
+    assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1][:2]]
+    assert rows[1][2]["reward_x0"] == rows[1][0]["reward_x0"] and rows[1][2]["loss"] != rows[1][0]["loss"]
+
+
 def test_damaged_run_folders(prompt_files, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     r2d3.train(tiny(prompt_files, out, epochs=1, guidance=3.0))
@@ -165,6 +189,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(prompt_files, tmp_path, monkeyp
     {"reward": "hpsv2"}, {"reward": "normal"}, {"reward": "dnc", "matching": "score", "branch": "guided"},
     {"reward": "aesthetic=1,dnc=0.3", "sampler": "ddim", "last_step": "stratified"},
     {"last_step": "never", "jacobian": False, "time_weight": "linear", "clip_reward_grad": 1e-4, "guidance": 1.0},
+    {"method": "refl"}, {"method": "draft", "draft_steps": 2}, {"method": "draft", "draft_noises": 2, "guidance": 1.0},
+    {"method": "ddpo", "updates_per_gradient": 2, "stratify": False, "train_from": 0.3},
     {"batch_size": 3, "micro_batch": 5, "steps": 3, "fraction": 1.0, "views": 3, "time_weight": "none"},
 ], ids=str)
 def test_options_run_and_learn_something(prompt_files, tmp_path, changes):
