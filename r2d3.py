@@ -126,6 +126,7 @@ class Config:
     time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
     train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
     stratify: bool = True  # draw the trained steps evenly over time (paper); else uniformly at random
+    skip_below: float = 0.0  # where beta w / k is below this share of its largest value, g = 0 and costs nothing
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
     clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
 
@@ -185,8 +186,8 @@ def resolve(config: Config) -> Config:
     if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
-                   "draft_noises"}
-    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9,
+                   "draft_noises", "skip_below"}
+    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9, "skip_below": 1,
                "draft_steps": config.steps}
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
@@ -1000,6 +1001,13 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
     return g, score.detach()
 
 
+def match_weights(schedule: NoiseSchedule, i: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """k and beta w(s) of the residual (E6) at steps i (M,); for matching in eps the residual is divided by k."""
+    k, power = schedule.k(i), {"squared": 2, "linear": 1, "none": 0}[config.time_weight]
+    weight = config.beta * schedule.alpha[i + 1] ** power
+    return (torch.ones_like(k), weight / k) if config.matching == "eps" else (k, weight)
+
+
 def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, null: Cond, g: Tensor,
                config: Config) -> tuple[Tensor, Tensor]:
     """match (E4) and reg (E5, without lambda), per transition (M,), differentiable in the LoRA weights."""
@@ -1008,11 +1016,7 @@ def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, nul
     with torch.no_grad(), base.net.disable_adapter():
         ref_uncond, ref_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
     eps_uncond, eps_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
-    k = schedule.k(batch.i)
-    power = {"squared": 2, "linear": 1, "none": 0}[config.time_weight]
-    weight = config.beta * schedule.alpha[batch.i + 1] ** power                             # beta w(s)
-    if config.matching == "eps":                                # the residual (E6) divided by k
-        k, weight = torch.ones_like(k), weight / k
+    k, weight = match_weights(schedule, batch.i, config)
     return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, batch.eps_old, g, guidance,
                              k.to(g), weight.to(g), backend=kernel_backend(config))
 
@@ -1155,21 +1159,32 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     shares = pairs.tensor_split(min(config.updates_per_epoch, len(pairs))) * config.updates_per_gradient
     judged, gradients = B if ddpo else 0, {}                    # objects judged; g, which may be used again
+    weight = match_weights(schedule, torch.arange(config.steps), config)[1]
+    heard = weight >= config.skip_below * weight.max()          # (T,) the steps at which the reward counts
+
+    def gather(part: Tensor) -> Transitions:
+        b, i = part.unbind(1)
+        return Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b],
+                           [chosen[n] for n in b], advantage[b])
+
     for number, share in enumerate(shares):
         totals = {}
         for part in share.split(config.micro_batch):
-            b, i = part.unbind(1)
-            batch = Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b],
-                                [chosen[n] for n in b], advantage[b])
+            batch, i = gather(part), part[:, 1]
             if config.method == "nabla":
                 key = tuple(part[0].tolist())                   # its first transition names a micro-batch
                 if key not in gradients:
-                    judged += len(part)
-                    gradients[key] = reward_gradient(base, reward, schedule, batch, null, config, generator)
+                    some, g, score = heard[i], torch.zeros_like(batch.x_s), torch.zeros(len(part))
+                    if some.any():
+                        g[some], judgement = reward_gradient(base, reward, schedule, gather(part[some]), null,
+                                                             config, generator)
+                        score[some] = judgement.cpu()
+                    judged += int(some.sum())
+                    gradients[key] = g, score
                 g, score = gradients[key]
                 match, reg = nabla_loss(base, schedule, batch, null, g, config)
-                values = {"reward_x0": score, "reward_gradient": g.square().flatten(1).mean(1).sqrt(),
-                          "loss": match + config.lam * reg, "match": match, "reg": reg}
+                values = {"loss": match + config.lam * reg, "match": match, "reg": reg, "reward": score,
+                          "reward_gradient": g.square().flatten(1).mean(1).sqrt()}
             else:
                 judged += 0 if ddpo else len(part)
                 loss = BASELINES[config.method](base, reward, schedule, batch, null, config, generator)
@@ -1178,7 +1193,8 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 if not value.isfinite().all():
                     where = f"{name} at sampler step {i[~value.isfinite().cpu()][0]}"
                     stop_diverged(where, epoch, number, config)
-                totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
+                if name != "reward":
+                    totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
             (values["loss"].sum() / len(share)).backward()
         if world > 1:
             for weight in weights:

@@ -114,9 +114,9 @@ def test_a_gradient_is_used_again(prompt_files, tmp_path, monkeypatch):
         r2d3.train(tiny(prompt_files, tmp_path / str(times), epochs=1, updates_per_gradient=times))
     rows = [torch.load(tmp_path / str(times) / "checkpoint/state.pt", weights_only=True)["rows"] for times in (1, 2)]
     assert calls == [4, 4] * 2 and [len(r) for r in rows] == [2, 4] and rows[1][-1]["judged"] == 8
-    same = ("judged", "reward_x0", "loss", "match", "reg", "grad_norm")
+    same = ("judged", "reward_gradient", "loss", "match", "reg", "grad_norm")
     assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1][:2]]
-    assert rows[1][2]["reward_x0"] == rows[1][0]["reward_x0"] and rows[1][2]["loss"] != rows[1][0]["loss"]
+    assert rows[1][2]["reward_gradient"] == rows[1][0]["reward_gradient"] and rows[1][2]["loss"] != rows[1][0]["loss"]
 
 
 def test_damaged_run_folders(prompt_files, tmp_path, monkeypatch, capsys):
