@@ -1207,7 +1207,7 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
         if not all(weight.isfinite().all() for weight in weights):
             stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
-        yield {"epoch": epoch, "judged": judged * world, **totals, **sampled, "grad_norm": norm.item()}
+        yield {"epoch": epoch, **sampled, "judged": judged * world, **totals, "grad_norm": norm.item()}
         judged = 0
 
 

@@ -1,18 +1,20 @@
 """The paper's comparison: nabla-R2D3, ReFL, DRaFT and DDPO from the same start, judged as they go.
 
-    python assets/compare.py --reward aesthetic             # the committed comparison: 3 seeds, hours on two cores
-    python assets/compare.py --reward aesthetic --quick     # one seed, a short budget: minutes
-    python assets/compare.py --experiment tune ablate       # the sweeps behind the settings; the ablations
-    python assets/compare.py --reward aesthetic --table     # tables and plots of the rows there are
+    python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: hours on two cores
+    python assets/compare.py --reward aesthetic --quick         # one seed, a short budget: minutes; rows of its own
+    python assets/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
+    python assets/compare.py --table                            # tables of all rows there are, and the plots
 
-A trial is one fine-tuning. Its cost is counted in objects judged by the reward while training ("reward evaluations";
-every one in `views` pictures), and whenever that count passes a mark the model is measured on the unseen prompts:
-one row of assets/results/compare.jsonl. All trials share the prompts' order, the evaluation's noise and its views. A trial
-that was interrupted goes on from its last mark; one whose rows are all there is skipped.
+A trial is one fine-tuning. Its cost is counted in objects that the reward judges in training ("evaluations"; each in
+`views` pictures), and at every mark on that count the model is measured on the unseen prompts: one row of
+assets/results/compare.jsonl. All trials share the order of the prompts, the noise and the views of the measurements. An
+interrupted trial goes on from its last mark; what is there already, or is being made by another process, is skipped: the
+command can be given again, and twice at once (with OMP_NUM_THREADS=1 each).
 """
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -20,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,9 +31,67 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import r2d3  # noqa: E402
+import r2d3
 
-METRICS = ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity", "fid_to_base")
+METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "coverage": "coverage", "dnc": "dnc",
+           "diversity": "diversity", "fid_to_base": "FID to the base"}
+ROWS, WORK = ROOT / "assets/results/compare.jsonl", ROOT / "runs/compare"
+
+# Settings that are not named here are r2d3.py's defaults for the embedded base, as far as they are not in START.
+START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25}
+NABLA = START | {"method": "nabla"}
+DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
+REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
+DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
+HASTE = {"lr": 3e-3, "batch_size": 4}                           # ", fast": few judged objects per update, large steps
+FAST = NABLA | HASTE | {"beta": 3000.0, "updates_per_epoch": 4}
+EARLY = [16, 32, 64, 128, 256]
+BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the reward's gradient at the late levels
+GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02), "dnc": (0.005, 0.01, 0.02)}
+
+ABLATIONS = {
+    "as compared": {},
+    "matching score (E4)": {"matching": "score"},
+    "matching score, last step never": {"matching": "score", "last_step": "never"},
+    "last step stratified": {"last_step": "stratified"},
+    "last step never": {"last_step": "never"},
+    "guided prediction matched": {"branch": "guided"},
+    "lambda 0 (no prior regulariser)": {"lam": 0.0},
+    "lambda 10": {"lam": 10.0},
+    "w(s) = 1 (no time weight)": {"time_weight": "none"},
+    "w(s) = alpha": {"time_weight": "linear"},
+    "no Jacobian of the network": {"jacobian": False},
+    "fraction 0.2": {"fraction": 0.2},
+    "fraction 1.0": {"fraction": 1.0},
+    "uniform transitions": {"stratify": False},
+    "one view": {"views": 1},
+    "four views": {"views": 4},
+    "reward gradient at every level": {"skip_below": 0.0},
+    "only levels 10 to 18 trained": {"skip_below": 0.0, "train_from": 0.5, "last_step": "never"},
+    "4 updates per epoch": {"updates_per_epoch": 4},
+    "each gradient used twice": {"updates_per_gradient": 2},
+    "beta 300": {"beta": 300.0},
+    "beta 3000": {"beta": 3000.0},
+}
+
+TUNE = []
+
+
+def trials(experiment: str, reward: str, seeds: list[int], quick: bool) -> list[tuple[str, dict, list[int], int]]:
+    """Name, settings, marks and objects per test prompt of every trial."""
+    scaled = {name: settings | {"beta": settings["beta"] * BETA[reward]} for name, settings in
+              (("nabla-R2D3", NABLA), ("nabla-R2D3, fast", FAST))}
+    if experiment == "compare":
+        methods = {name: (settings, [32, *EARLY[2:]]) for name, settings in scaled.items()}
+        methods |= {"DRaFT-1": (DRAFT, EARLY), "DRaFT-1, fast": (DRAFT | HASTE, EARLY[:3]), "ReFL": (REFL, EARLY),
+                    "ReFL, fast": (REFL | HASTE, EARLY[:3]), "DDPO": (DDPO, [128, 256])}
+        if quick:
+            return [(name, settings | {"seed": 0}, [mark for mark in marks if mark in (16, 64, 128)], 1)
+                    for name, (settings, marks) in methods.items()]
+        return [(name, settings | {"seed": seed}, marks, 2) for seed in seeds for name, (settings, marks) in methods.items()]
+    if experiment == "tune":
+        return [(settings["method"], START | settings | {"seed": 0}, marks, 1) for settings, marks in TUNE]
+    return [(name, scaled["nabla-R2D3"] | change | {"seed": 0}, [256], 2) for name, change in ABLATIONS.items()]
 
 
 class World:
@@ -63,6 +124,12 @@ class World:
 def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path, work: Path) -> None:
     """One trial: train with `settings`, measure at every mark, append the rows that are not there yet."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    path = work / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}.pt"
+    lock = open(path.with_suffix(".lock"), "w")                 # noqa: SIM115, held until the process or the trial ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
     samples = world.config.samples_per_prompt
     done = [row for row in read(rows) if row["settings"] == settings and row["samples_per_prompt"] == samples]
     marks = [mark for mark in marks if all(row["mark"] != mark for row in done)]
@@ -76,7 +143,6 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
         weights = [weight for weight in world.base.net.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         state = {"epoch": 0, "judged": 0, "updates": 0, "seconds": 0.0, "history": {}}
-        path = work / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}.pt"
         saved = torch.load(path, weights_only=True) if path.is_file() else {"judged": math.inf}
         if saved["judged"] < min(marks):                        # else there are new marks before it: from the start
             state = saved
@@ -105,15 +171,15 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
             result = r2d3.compare(world.before, after, world.reference)
             append(rows, row | {name: result[name] for name in METRICS})
             lora = get_peft_model_state_dict(world.base.net)
-            r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(
-                state | {"lora": lora, "optimizer": optimizer.state_dict()}, file)))
+            saved = state | {"lora": lora, "optimizer": optimizer.state_dict()}
+            r2d3.write_atomic(path, r2d3.to_bytes(partial(torch.save, saved)))
             print(f"{about['experiment']:<8} {about['name']:<28} seed {config.seed} {state['judged']:>6} judged "
                   f"{state['updates']:>4} updates {state['seconds']:>5.0f} s  " +
                   " ".join(f"{name} {result[name]['after']:.3f} ({result[name]['change']:+.3f})" for name in METRICS),
                   flush=True)
     finally:
-        world.base.net = world.base.net.unload() if hasattr(world.base.net, "unload") else world.base.net
-        world.net = world.base.net
+        world.net = world.base.net = world.base.net.unload()
+        lock.close()
 
 
 def read(rows: Path) -> list[dict]:
@@ -124,4 +190,152 @@ def append(rows: Path, row: dict) -> None:
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     rows.parent.mkdir(parents=True, exist_ok=True)
     with open(rows, "a") as file:
-        file.write(json.dumps(row | {"commit": git.stdout.strip(), "cmd": " ".join(sys.argv)}) + "\n")
+        file.write(json.dumps(row | {"commit": git.stdout.strip()}) + "\n")
+
+
+def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
+    """The comparison's rows by name and mark: one per seed."""
+    found = {}
+    for row in rows:
+        if row["experiment"] == "compare" and row["settings"]["reward"] == reward and "diverged" not in row:
+            found.setdefault(row["name"], {}).setdefault(row["mark"], []).append(row)
+    return {name: dict(sorted(marks.items())) for name, marks in found.items()}
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval (Student's t over the seeds); 0 for one seed."""
+    from scipy import stats
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, 0.0
+    deviation = (sum((value - mean) ** 2 for value in values) / (n - 1)) ** 0.5
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / n ** 0.5
+
+
+def cell(rows: list[dict], metric: str, part: str = "change") -> str:
+    mean, half = spread([row[metric][part] for row in rows])
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if len(rows) > 1 else "")
+
+
+def at_equal_reward(marks: dict[int, list[dict]], gain: float, metric: str) -> list[float] | None:
+    """What a metric had changed by when the reward had gained `gain`, one value per seed: linear between marks.
+
+    None where some seed never gained so much.
+    """
+    values = []
+    for seed in sorted({row["settings"]["seed"] for rows in marks.values() for row in rows}):
+        path = [(0.0, 0.0)] + [(row["reward"]["change"], row["judged"] if metric == "judged" else row[metric]["change"])
+                               for rows in marks.values() for row in rows if row["settings"]["seed"] == seed]
+        for (r0, m0), (r1, m1) in zip(path, path[1:]):
+            if r0 <= gain <= r1:
+                values.append(m0 + (m1 - m0) * (gain - r0) / (r1 - r0))
+                break
+        else:
+            return None
+    return values
+
+
+def tables(rows: list[dict]) -> str:
+    """All rows as Markdown: the comparison at equal reward, then at every mark; sweeps; ablations."""
+    text = ""
+    for reward in dict.fromkeys(row["settings"]["reward"] for row in rows if row["experiment"] == "compare"):
+        found = curves(rows, reward)
+        gains = GAINS[reward]
+        text += f"\n### {reward}: at equal reward\n\n"
+        text += "| gained | method | evaluations | " + " | ".join(list(METRICS.values())[1:]) + " |\n" + "|---" * 9 + "|\n"
+        for gain in gains:
+            for name, marks in found.items():
+                judged = at_equal_reward(marks, gain, "judged")
+                if judged is None:
+                    text += f"| {gain:+g} | {name} | not by {max(marks)} | " + " | " * (len(METRICS) - 1) + "\n"
+                    continue
+                cells = []
+                for metric in list(METRICS)[1:]:
+                    mean, half = spread(at_equal_reward(marks, gain, metric))
+                    cells.append(f"{mean:+.3f}" + (f" ± {half:.3f}" if len(judged) > 1 else ""))
+                text += f"| {gain:+g} | {name} | {sum(judged) / len(judged):.0f} | " + " | ".join(cells) + " |\n"
+        text += f"\n### {reward}: along the way\n\n"
+        text += "| method | evaluations | updates | seconds | " + " | ".join(METRICS.values()) + " |\n" + "|---" * 11 + "|\n"
+        for name, marks in found.items():
+            for group in marks.values():
+                means = [f"{sum(row[key] for row in group) / len(group):.0f}" for key in ("judged", "updates", "train_seconds")]
+                text += f"| {name} | " + " | ".join(means + [cell(group, metric) for metric in METRICS]) + " |\n"
+    for experiment in ("tune", "ablate"):
+        some = [row for row in rows if row["experiment"] == experiment]
+        if some:
+            text += f"\n### {experiment}\n\n| trial | settings | evaluations | updates | " + " | ".join(METRICS.values())
+            text += " |\n" + "|---" * (4 + len(METRICS)) + "|\n"
+        for row in some:
+            settings = {k: v for k, v in row["settings"].items() if START.get(k) != v and k not in ("seed", "method")}
+            shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "reward" or value != "aesthetic")
+            cells = [cell([row], metric) for metric in METRICS] if "diverged" not in row else [row["diverged"]]
+            text += f"| {row['name']} | {shown} | {row['judged']} | {row['updates']} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def plot(rows: list[dict], reward: str, path: Path) -> None:
+    """Reward against evaluations, and against alignment, FID and diversity: thin lines are seeds, thick their mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 4)
+    for number, (name, marks) in enumerate(curves(rows, reward).items()):
+        color = f"C{number}"
+        for axes, key in zip(panels, ("judged", "alignment", "fid_to_base", "diversity")):
+            def point(group: list[dict], key: str = key) -> tuple[float, float, float, float]:
+                r, r_half = spread([row["reward"]["change"] for row in group])
+                x, x_half = spread([row["judged"] if key == "judged" else row[key]["change"] for row in group])
+                return x, r, x_half, r_half
+            points = [(0.0, 0.0, 0.0, 0.0)] + [point(group) for group in marks.values()]
+            x, r, x_half, r_half = zip(*points)
+            axes.errorbar(x, r, xerr=x_half if key != "judged" else None, yerr=r_half, color=color, label=name, marker="o",
+                          markersize=3, linewidth=2, elinewidth=0.7)
+            for seed in {row["settings"]["seed"] for group in marks.values() for row in group}:
+                own = [(0.0, 0.0, 0.0, 0.0)] + [point([row]) for group in marks.values() for row in group
+                                               if row["settings"]["seed"] == seed]
+                axes.plot([p[0] for p in own], [p[1] for p in own], color=color, linewidth=0.6, alpha=0.5)
+    titles = {"judged": "objects judged in training", "alignment": "change of alignment", "fid_to_base": "change of FID to the base",
+              "diversity": "change of diversity"}
+    for axes, key in zip(panels, titles):
+        axes.set(xlabel=titles[key])
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=f"gain of the reward ({reward})")
+    panels[0].legend(fontsize=8)
+    r2d3.write_atomic(path, r2d3.to_bytes(lambda file: figure.savefig(file, format="png", dpi=110)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reward", default="aesthetic", choices=list(BETA), help="of the embedded base")
+    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["compare", "tune", "ablate"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
+    parser.add_argument("--quick", action="store_true", help="one seed, up to 64 evaluations, one object per prompt")
+    parser.add_argument("--only", help="only trials whose name holds this word")
+    parser.add_argument("--rows", type=Path, help="the file of the rows; default assets/results/compare.jsonl, "
+                                                  "or runs/compare/quick.jsonl")
+    parser.add_argument("--table", action="store_true", help="print tables and draw plots of the rows there are, and stop")
+    args = parser.parse_args()
+    rows = args.rows or (WORK / "quick.jsonl" if args.quick else ROWS)
+    if not args.table:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        worlds = {}
+        for experiment in args.experiment:
+            for name, settings, marks, samples in trials(experiment, args.reward, args.seeds, args.quick):
+                if args.only and args.only not in name:
+                    continue
+                if samples not in worlds:
+                    worlds[samples] = World(args.reward, samples, WORK)
+                about = {"experiment": experiment, "name": name, "cmd": f"python {' '.join(sys.argv)}"}
+                run(worlds[samples], {"reward": args.reward} | settings, marks, about, rows, WORK)
+    known = read(rows)
+    print(tables(known))
+    for reward in dict.fromkeys(row["settings"]["reward"] for row in known if row["experiment"] == "compare"):
+        path = (WORK / f"quick_{reward}.png") if args.quick else ROOT / f"assets/compare_{reward}.png"
+        plot(known, reward, path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
