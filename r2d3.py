@@ -29,11 +29,9 @@ Run it:   python r2d3.py --reward aesthetic                        # minutes on 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import io
@@ -126,7 +124,7 @@ class Config:
     time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
     train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
     stratify: bool = True  # draw the trained steps evenly over time (paper); else uniformly at random
-    skip_below: float = 0.0  # where beta w / k is below this share of its largest value, g = 0 and costs nothing
+    skip_below: float = 0.0  # levels whose beta w / k is below this share of the largest get no g (0 is used)
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
     clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
 
@@ -141,8 +139,10 @@ class Config:
     eval_size: int | None = None  # pixels of a picture's side in evaluations; None: by base
     elevation_range: float = 20.0  # degrees of random elevation of the reward's cameras, around 10 (paper)
     azimuth_range: float = 60.0  # degrees of their random azimuth, around evenly spaced views (paper)
-    samples_per_prompt: int = 4  # objects per prompt: in evaluations (paper: 32), and for sample
+    samples_per_prompt: int | None = None  # objects per prompt; None: 32 for evaluate (paper), else 4
     eval_batch: int = 60  # objects sampled at once in an evaluation
+    base_only: bool = False  # evaluate: the base without a LoRA (with --run: in the settings of that run)
+    row: str | None = None  # evaluate: a .jsonl file that the result is appended to, as one line
 
 
 PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "branch": "guided", "views": 4,
@@ -169,7 +169,7 @@ def resolve(config: Config) -> Config:
     name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
     usual = {"prompts": str(HERE / f"prompts/{config.base}_train.txt"),
              "test_prompts": str(HERE / f"prompts/{config.base}_test.txt"),
-             "device": "cuda" if torch.cuda.is_available() else "cpu",
+             "samples_per_prompt": 4, "device": "cuda" if torch.cuda.is_available() else "cpu",
              "out": f"runs/{config.base}-{name}-seed{config.seed}"}
     filled |= {name: value for name, value in usual.items() if getattr(config, name) is None}
     for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
@@ -187,8 +187,8 @@ def resolve(config: Config) -> Config:
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
                    "draft_noises", "skip_below"}
-    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9, "skip_below": 1,
-               "draft_steps": config.steps}
+    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9,
+               "skip_below": 1, "draft_steps": config.steps}
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
             continue
@@ -1002,7 +1002,7 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
 
 
 def match_weights(schedule: NoiseSchedule, i: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """k and beta w(s) of the residual (E6) at steps i (M,); for matching in eps the residual is divided by k."""
+    """k and beta w(s) of the residual (E6) at steps i (M,); matching in eps divides the residual by k."""
     k, power = schedule.k(i), {"squared": 2, "linear": 1, "none": 0}[config.time_weight]
     weight = config.beta * schedule.alpha[i + 1] ** power
     return (torch.ones_like(k), weight / k) if config.matching == "eps" else (k, weight)
@@ -1327,6 +1327,7 @@ def train(config: Config) -> dict:
     reward = load_reward(config.reward, base, config.device, config.scorer)
     base.encode(prompts + test_prompts)                         # an unknown word is found before any work
     null = base.encode([""])
+    features = load_features(base, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
@@ -1345,7 +1346,7 @@ def train(config: Config) -> dict:
         with contextlib.suppress(Exception):
             if state:
                 return Measurement(**torch.load(path, weights_only=True))
-        measured = measure(base, reward, schedule, test_prompts, config, seed, name)
+        measured = measure(base, reward, features, schedule, test_prompts, config, seed, name)
         write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
         return measured
 
@@ -1375,11 +1376,11 @@ def train(config: Config) -> dict:
                 save_checkpoint(base, optimizer, rows, epoch + 1, digest, history, config)
     if quiet:
         return {}
-    after = measure(base, reward, schedule, test_prompts, config, config.seed, "after")
-    summary = {"scorer": reward.title, "base": config.base, "epochs": config.epochs, "updates": len(rows),
-               **compare(before, after, other), "seconds": time.perf_counter() - started}
-    write_atomic(out / "summary.json", json.dumps(summary, indent=1))
-    write_report(base, test_prompts, before, after, rows, summary, config)
+    after = measure(base, reward, features, schedule, test_prompts, config, config.seed, "after")
+    summary = {"scorer": reward.title, "base": config.base, "method": config.method, "epochs": config.epochs,
+               "updates": len(rows), "judged": rows[-1]["judged"],
+               **summarise(before, after, other, features, started)}
+    write_report(base, test_prompts, before, after, rows, summary, config, out)
     print_summary(summary)
     print(f"open {out / 'report.html'}, or make new objects: "
           f"python r2d3.py sample --prompts \"{test_prompts[0]}\" --run {out}")
@@ -1407,26 +1408,77 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
 # -----------------------------------------------------------------------------------------------------------
 
 
+class Features(NamedTuple):
+    """What evaluations see with. The first two share a space; the functions of pictures take (N, 3, H, W)."""
+
+    title: str
+    image: Callable[[Tensor], Tensor]       # -> (N, D), unit length: alignment and retrieval
+    text: Callable[[list[str]], Tensor]     # prompts -> (P, D), unit length
+    diversity: Callable[[Tensor], Tensor]   # -> (N, D'), unit length
+    fid: Callable[[Tensor], Tensor]         # -> (N, D'')
+
+
+def load_features(base: DiffSplat, device: torch.device | str) -> Features:
+    """The embedded tower for `shapes`; else CLIP ViT-B/32, and DreamSim and Inception where installed."""
+    if base.tower:
+        tower = base.tower
+        return Features("the embedded image-text tower", tower.image, tower.text, tower.image, tower.image)
+    import open_clip
+    try:
+        clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained="openai").to(device).eval()
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in
+                     (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+
+        def image(pictures: Tensor) -> Tensor:
+            small = F.interpolate(pictures, clip.visual.image_size, mode="bicubic", antialias=True)
+            return F.normalize(clip.encode_image((small.clamp(0, 1) - mean) / std), dim=-1)
+
+        def text(prompts: list[str]) -> Tensor:
+            return F.normalize(clip.encode_text(open_clip.tokenize(prompts).to(device)), dim=-1)
+
+        title, diverse, fid = "CLIP ViT-B/32", image, image
+        if importlib.util.find_spec("dreamsim"):
+            from dreamsim import dreamsim
+            model, _ = dreamsim(pretrained=True, device=str(device))
+            title += ", DreamSim (diversity)"
+
+            def diverse(pictures: Tensor) -> Tensor:
+                return F.normalize(model.embed(F.interpolate(pictures, (224, 224), mode="bicubic")), dim=-1)
+
+        if importlib.util.find_spec("pytorch_fid"):
+            from pytorch_fid.inception import InceptionV3
+            inception = InceptionV3([3]).to(device).eval()
+            title += ", Inception (FID)"
+
+            def fid(pictures: Tensor) -> Tensor:
+                return inception(pictures)[0].flatten(1)
+    except Exception as error:
+        raise UserError(f"the models that measure could not be fetched ({type(error).__name__}); "
+                        "a network is needed once") from None
+    return Features(title, image, text, diverse, fid)
+
+
 class Measurement(NamedTuple):
     """P prompts x S objects each, seen from the four input cameras."""
 
     reward: Tensor         # (P, S)
-    alignment: Tensor      # (P, S) cosine of the object's pictures and its prompt in the image-text tower
+    alignment: Tensor      # (P, S) cosine of the object's pictures and its prompt
     retrieved: Tensor      # (P, S) 1 where its own prompt is the closest of all P (R@1)
     coverage: Tensor       # (P, S) mean alpha: the share of the picture that the object covers
     dnc: Tensor            # (P, S) depth-normal consistency
     features: Tensor       # (P, S, V, D) of the pictures, unit length
+    fid_features: Tensor   # (P, S, V, D)
     latents: Tensor        # (P, S, *latent)
 
 
 @torch.no_grad()
-def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], config: Config,
-            seed: int, label: str) -> Measurement:
+def measure(base: DiffSplat, reward: Reward, features: Features, schedule: NoiseSchedule, prompts: list[str],
+            config: Config, seed: int, label: str) -> Measurement:
     """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed, the same noise."""
     from tqdm import tqdm
     P, S = len(prompts), config.samples_per_prompt
     every = [n for n in range(P) for _ in range(S)]
-    texts, null, parts = base.tower.text(prompts), base.encode([""]), []
+    texts, null, parts = features.text(prompts), base.encode([""]), []
     chunks = [every[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
     with tqdm(total=len(chunks) * config.steps, desc=f"evaluating {label}", leave=False) as bar:
         def count(steps):
@@ -1440,12 +1492,15 @@ def measure(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
             x0 = rollout(base, schedule, cond, null, config.guidance, generator, count).x[:, -1]
             cameras = input_cameras(len(rows))
             pictures = render(base.decode(x0), *cameras, config.eval_size, kernel_backend(config))
-            features = base.tower.image(pictures.image.flatten(0, 1)).unflatten(0, pictures.image.shape[:2])
-            similar = features.mean(1) @ texts.T                # (rows, P)
+            images = pictures.image.flatten(0, 1)
+            seen = {see: see(images).unflatten(0, (len(rows), -1))
+                    for see in {features.image, features.diversity, features.fid}}
+            similar = seen[features.image].mean(1) @ texts.T    # (rows, P)
             own = torch.tensor(rows, device=similar.device)
             parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
                           (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)),
-                          depth_normal_consistency(pictures, named).mean(1), features, x0))
+                          depth_normal_consistency(pictures, named).mean(1), seen[features.diversity],
+                          seen[features.fid], x0))
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
 
 
@@ -1457,53 +1512,70 @@ def diversity(features: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
-    """FID's distance of the Gaussians fitted to two sets of features (n, D); double precision."""
+    """FID's distance of the Gaussians fitted to two sets of features (n, D); double precision.
+
+    With centred features A, B / sqrt(n - 1), the trace of the square root of the covariances' product is the
+    sum of the singular values of A B^T; of A and B their R factors suffice.
+    """
     a, b = a.double(), b.double()
-    roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt()
-    return (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * roots.sum()
+    A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    cross = torch.linalg.svdvals(torch.linalg.qr(A, mode="r").R @ torch.linalg.qr(B, mode="r").R.T).sum()
+    return (a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross
 
 
 def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
-    """Each metric before and after, its change, and the 95% interval of the change: a bootstrap over prompts.
+    """Each metric before and after, its change, and 95% intervals by a bootstrap over prompts.
 
-    fid_to_base compares with a second draw of the base (`reference`): "before" is the noise floor, not 0.
+    "ci95" is that of the change. fid_to_base compares with a second draw of the base (`reference`): "before"
+    is the noise floor, not 0.
     """
     P, generator = len(before.reward), seeded(0)
     draws = torch.randint(P, (1000, P), generator=generator)
 
-    def entry(old: Tensor, new: Tensor, resampled: Tensor) -> dict:
-        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
-        change = (new - old).item()
-        error = resampled.std().item()
-        return {"before": old.item(), "after": new.item(), "change": change, "ci95": [low, high],
+    def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor) -> dict:
+        change, changes = (new - old).item(), new_draws - old_draws
+        error, ends = changes.std().item(), torch.tensor([0.025, 0.975], dtype=changes.dtype)
+        return {"before": old.item(), "after": new.item(), "after_ci95": new_draws.quantile(ends).tolist(),
+                "change": change, "ci95": changes.quantile(ends).tolist(),
                 "standard_errors": change / error if error > 1e-9 else 0.0}
 
     result = {}
     for name in ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity"):
         old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1)
                     for m in (before, after))
-        result[name] = entry(old.mean(), new.mean(), (new - old)[draws].mean(1))
+        result[name] = entry(old.mean(), new.mean(), old[draws].mean(1), new[draws].mean(1))
 
     def fid(measured: Measurement, rows: Tensor) -> Tensor:
-        return frechet_distance(measured.features[rows].flatten(0, 2), reference.features[rows].flatten(0, 2))
+        return frechet_distance(*(m.fid_features[rows].flatten(0, 2) for m in (measured, reference)))
 
-    resampled = torch.stack([fid(after, rows) - fid(before, rows) for rows in draws[:100]])
-    result["fid_to_base"] = entry(fid(before, torch.arange(P)), fid(after, torch.arange(P)), resampled)
-    result["fid_to_base"]["images"] = before.features[..., 0].numel()
+    every = torch.arange(P)
+    resampled = (torch.stack([fid(measured, rows) for rows in draws[:100]]) for measured in (before, after))
+    result["fid_to_base"] = entry(fid(before, every), fid(after, every), *resampled)
+    result["fid_to_base"]["images"] = before.reward.numel() * before.features.shape[2]
     return result
 
 
+def summarise(before: Measurement, after: Measurement, reference: Measurement, features: Features,
+              started: float) -> dict:
+    """`compare`, and how it was measured."""
+    P, S = before.reward.shape
+    return {"prompts": P, "samples_per_prompt": S, "features": features.title,
+            **compare(before, after, reference), "seconds": time.perf_counter() - started}
+
+
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
-           "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity", "fid_to_base": "FID to the base"}
+           "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",
+           "fid_to_base": "FID to the base"}
 
 
 def print_summary(summary: dict) -> None:
     """The before/after table, and what to think of it."""
-    print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval of the change")
+    print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval     of the change")
     for name, title in METRICS.items():
         row = summary[name]
-        low, high = row["ci95"]
-        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:+.3f} .. {high:+.3f}")
+        (low, high), (down, up) = row["after_ci95"], row["ci95"]
+        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:.3f} .. {high:.3f}   "
+              f"{down:+.3f} .. {up:+.3f}")
     print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
           f"{summary['seconds']:.0f} seconds in all.")
     if summary["alignment"]["ci95"][1] < 0:
@@ -1517,22 +1589,6 @@ def picture_rows(images: Tensor) -> PIL.Image.Image:
     rows, columns, _, H, W = images.shape
     flat = images.detach().cpu().clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, 3)
     return PIL.Image.fromarray((flat * 255).round().byte().numpy())
-
-
-def labelled(images: Tensor, captions: list[str], columns: int) -> PIL.Image.Image:
-    """(n, 3, H, W) in [0, 1], each with its caption below, in rows of `columns`."""
-    from PIL import ImageDraw
-    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
-    strip = images.new_ones(len(images) + len(blank), 3, 28, images.shape[-1])
-    grid = torch.cat([torch.cat([images, blank]), strip], 2)
-    picture = picture_rows(grid.unflatten(0, (-1, columns)))
-    draw, (height, width) = ImageDraw.Draw(picture), grid.shape[2:]
-    for n, caption in enumerate(captions):
-        words = caption.split()
-        lines = " ".join(words[:(len(words) + 1) // 2]) + "\n" + " ".join(words[(len(words) + 1) // 2:])
-        place = (n % columns * width + width // 2, (n // columns + 1) * height - 28)
-        draw.multiline_text(place, lines, fill="black", anchor="ma", align="center", spacing=1, font_size=10)
-    return picture
 
 
 def png(picture: PIL.Image.Image) -> bytes:
@@ -1552,56 +1608,21 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
 
 
 def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after: Measurement,
-                 rows: list[dict], summary: dict, config: Config) -> None:
-    """samples/, curves.png and report.html: one page with all of it, that needs no network."""
-    out, backend = Path(config.out), kernel_backend(config)
+                 rows: list[dict], summary: dict, config: Config, out: Path) -> None:
+    """summary.json, samples/, curves.png and report.html: one page with all of it, that needs no network."""
+    from assets import report
     shown = [n * len(prompts) // 12 for n in range(12)] if len(prompts) > 12 else [*range(len(prompts))]
     cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
     with torch.no_grad():
         objects = [base.decode(m.latents[shown, 0].to(base.device)) for m in (before, after)]
-        pictures = [render(one, *cameras, 144, backend).image[:, 0].cpu() for one in objects]
-    pairs = labelled(torch.cat(pictures, 2), [prompts[n] for n in shown], columns=min(6, len(shown)))
-    write_atomic(out / "samples/before_after.png", png(pairs))
+        pictures = [render(one, *cameras, 144, kernel_backend(config)).image[:, 0].cpu() for one in objects]
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
-    write_atomic(out / "samples/turntable.gif", turntable(both, backend=backend))
-    write_atomic(out / "curves.png", curves(rows))
-
-    def inline(name: str) -> str:
-        return f"data:image/{name[-3:]};base64,{base64.b64encode((out / name).read_bytes()).decode()}"
-
-    table = ""
-    for key, title in METRICS.items():
-        row, (low, high) = summary[key], summary[key]["ci95"]
-        table += f"<tr><td>{title}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{low:+.3f} .. {high:+.3f}"
-    write_atomic(out / "report.html", f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>r2d3: {html.escape(config.reward)}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-img{{max-width:100%}} table{{border-collapse:collapse}} pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}
-td,th{{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
-td:first-child,th:first-child{{text-align:left}}</style>
-<h1>{html.escape(config.reward)} on {config.base}</h1>
-<p>Scorer: {html.escape(summary['scorer'])}. {summary['updates']} updates, {summary['seconds']:.0f} seconds,
-{len(prompts)} unseen prompts x {config.samples_per_prompt} objects, the same seeds before and after.</p>
-<table><tr><th>on unseen prompts<th>before<th>after<th>95% interval of the change</tr>{table}</table>
-<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
-<h2>All around</h2><p>Four objects before, then the same four after.</p>
-<img alt="turntable" src="{inline('samples/turntable.gif')}">
-<h2>Training</h2><img alt="curves" src="{inline('curves.png')}">
-<h2>Settings</h2><pre>{html.escape((out / 'config.json').read_text())}</pre></html>""")
-
-
-def curves(rows: list[dict]) -> bytes:
-    """The log as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(1, 3), (("reward", "reward of the epoch's samples"),
-                                                           ("coverage", "alpha coverage"), ("loss", "loss"))):
-        axes.plot([row["update"] for row in rows], [row[name] for row in rows], color="tab:blue")
-        axes.set(title=title, xlabel="update")
-        axes.grid(alpha=0.3)
-    return to_bytes(lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomic(out / "summary.json", json.dumps(summary, indent=1))
+    settings = json.dumps(dataclasses.asdict(config), indent=1)
+    for name, content in report.files(*pictures, [prompts[n] for n in shown],
+                                      turntable(both, backend=kernel_backend(config)), rows, summary, METRICS,
+                                      f"{config.reward} on {config.base}", settings).items():
+        write_atomic(out / name, content)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1658,23 +1679,31 @@ def sample(config: Config) -> list[Path]:
 
 
 def evaluate(config: Config) -> dict:
-    """Measure a run (or, without --run, the base) on unseen prompts, with other seeds or more samples."""
+    """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
     started, given = time.perf_counter(), config.out
-    config, base = load_run(config)
+    if config.base_only:
+        config = dataclasses.replace(config, run=None)
+    config, base = load_run(dataclasses.replace(config, samples_per_prompt=config.samples_per_prompt or 32))
     reward = load_reward(config.reward, base, config.device, config.scorer)
+    features = load_features(base, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     prompts = load_prompts(config.test_prompts)
-    common = base, reward, schedule, prompts, config
+    common = base, reward, features, schedule, prompts, config
     after = measure(*common, config.seed, "the run" if config.run else "the base")
     with base.net.disable_adapter() if config.run else contextlib.nullcontext():
         before = measure(*common, config.seed, "the base") if config.run else after
         other = measure(*common, config.seed + 1, "the base once more, for FID")
-    summary = {"scorer": reward.title, "base": config.base, **compare(before, after, other),
-               "seconds": time.perf_counter() - started}
-    if config.run or given:
-        write_atomic(Path(given or config.run) / "evaluation.json", json.dumps(summary, indent=1))
+    summary = {"scorer": reward.title, "base": config.base, "run": config.run, "seed": config.seed,
+               **summarise(before, after, other, features, started)}
+    out = Path(given) if given else Path(config.run or f"runs/{config.base}") / "evaluation"
+    write_report(base, prompts, before, after, [], summary, config, out)
+    if config.row:
+        Path(config.row).parent.mkdir(parents=True, exist_ok=True)
+        with open(config.row, "a") as file:
+            file.write(json.dumps(summary) + "\n")
     print_summary(summary)
+    print(f"open {out / 'report.html'}")
     return summary
 
 
@@ -1691,7 +1720,8 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
             config = read()
             if config.run is not None and name != "train":      # what is not given is as it was in the run
                 theirs = run_config(config.run)
-                config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None))
+                config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None,
+                                                          samples_per_prompt=None))
             if config.resume and name != "train":
                 raise UserError("--resume is for training; leave it out")
             return commands[name], config

@@ -103,6 +103,7 @@ class World:
         self.config = dataclasses.replace(self.config, guidance=self.base.guidance)
         self.reward = r2d3.load_reward(reward, self.base, self.config.device)
         self.schedule = r2d3.NoiseSchedule.from_diffusers(self.config.sampler, self.config.steps, **self.base.betas)
+        self.features = r2d3.load_features(self.base, self.config.device)
         self.prompts = r2d3.load_prompts(self.config.prompts)
         self.test_prompts = r2d3.load_prompts(self.config.test_prompts)
         self.null = self.base.encode([""])
@@ -118,7 +119,7 @@ class World:
         return measured
 
     def measure(self, seed: int) -> r2d3.Measurement:
-        return r2d3.measure(self.base, self.reward, self.schedule, self.test_prompts, self.config, seed, "")
+        return r2d3.measure(self.base, self.reward, self.features, self.schedule, self.test_prompts, self.config, seed, "")
 
 
 def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path, work: Path) -> None:

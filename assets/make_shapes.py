@@ -32,6 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3  # noqa: E402
+from assets import report  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
 SCALE_RANGE, DEPTH_SCALE = (0.002, 0.05), 0.5
@@ -644,7 +645,7 @@ def main() -> None:
                               [prompt for prompt in prompts for _ in range(size["samples"])])
     write_asset(args.out, base, module["text"], quality)
     pictures = sample_pictures(base, prompts, base.guidance, 112)[:, 0]
-    r2d3.write_atomic(args.out.with_suffix(".png"), r2d3.png(r2d3.labelled(pictures, prompts, columns=10)))
+    r2d3.write_atomic(args.out.with_suffix(".png"), report.png(report.labelled(pictures, prompts, columns=10)))
     print(json.dumps(quality, indent=1))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 

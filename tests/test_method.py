@@ -749,13 +749,18 @@ def test_frechet_distance():
     assert r2d3.frechet_distance(a, a).abs() < 1e-9
     assert close(r2d3.frechet_distance(a, a + 1), torch.tensor(4.0).double())
     assert close(r2d3.frechet_distance(a.float(), b.float()), want, 1e-5)
+    few, other = randn(5, 12, seed=8), randn(6, 12, seed=9)  # fewer than dimensions: scipy's matrix square root
+    from scipy.linalg import sqrtm
+    root = torch.from_numpy(sqrtm((few.T.cov() @ other.T.cov()).numpy()).real).trace()
+    want = (few.mean(0) - other.mean(0)).square().sum() + few.T.cov().trace() + other.T.cov().trace() - 2 * root
+    assert close(r2d3.frechet_distance(few, other), want, 1e-5)
     flat = torch.cat([a, a[:, :1]], 1)  # a covariance without full rank
     assert r2d3.frechet_distance(flat, flat).abs() < 1e-6
 
 
 def measurement(reward, features):
     other = reward.new_zeros(reward.shape)
-    return r2d3.Measurement(reward, other + 0.5, other, other + 0.3, features, None)
+    return r2d3.Measurement(reward, other + 0.5, other, other + 0.3, other + 0.9, features, 2 * features, None)
 
 
 def test_compare_says_what_changed():
@@ -770,12 +775,13 @@ def test_compare_says_what_changed():
     assert reward["after"] == pytest.approx(after.mean().item(), rel=1e-5)
     assert diversity["after"] == pytest.approx(r2d3.diversity(features[1]).mean().item(), rel=1e-5)
     for name, shown in (("before", features[0]), ("after", features[1])):
-        want = r2d3.frechet_distance(shown.flatten(0, 2), features[2].flatten(0, 2))
+        want = r2d3.frechet_distance(2 * shown.flatten(0, 2), 2 * features[2].flatten(0, 2))
         assert fid[name] == pytest.approx(want.item(), rel=1e-6)
     assert fid["images"] == P * S * V
     for row in result.values():
         assert row["change"] == pytest.approx(row["after"] - row["before"], rel=1e-4, abs=1e-7)
-        assert row["ci95"][0] <= row["ci95"][1]
+        assert row["ci95"][0] <= row["ci95"][1] and row["after_ci95"][0] <= row["after_ci95"][1]
+        assert row["after_ci95"][0] - 1e-6 <= row["after"] <= row["after_ci95"][1] + 1e-6 or row is fid
     unchanged = result["coverage"]
     assert unchanged["change"] == 0 and unchanged["ci95"] == [0, 0] and unchanged["standard_errors"] == 0
     # the bootstrap's spread is that of a mean over prompts

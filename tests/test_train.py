@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -235,8 +236,80 @@ def test_sample_without_a_run_samples_the_base(two_epochs, tmp_path):
 
 def test_evaluate_a_run_and_the_base(two_epochs, prompt_files):
     out, summary = two_epochs
-    again = r2d3.evaluate(dataclasses.replace(r2d3.run_config(out), out=None))
-    assert again["reward"]["before"] == pytest.approx(summary["reward"]["before"], rel=1e-5)
-    assert (out / "evaluation.json").is_file()
-    base = r2d3.evaluate(dataclasses.replace(tiny(prompt_files, None), out=None))
-    assert base["reward"]["change"] == 0
+    row = out / "rows/all.jsonl"
+    again = r2d3.evaluate(dataclasses.replace(r2d3.run_config(out), out=None, row=str(row)))
+    for name in r2d3.METRICS:
+        assert again[name]["before"] == pytest.approx(summary[name]["before"], rel=1e-4)
+    assert {"summary.json", "report.html", "samples/before_after.png", "samples/turntable.gif"} == files(out / "evaluation")
+    assert json.loads((out / "evaluation/summary.json").read_text()) == json.loads(row.read_text()) == again
+    base = r2d3.evaluate(dataclasses.replace(r2d3.run_config(out), out=str(out / "base"), base_only=True, row=str(row)))
+    assert base["run"] is None and base["reward"]["after"] == again["reward"]["before"] and base["reward"]["change"] == 0
+    assert len(row.read_text().splitlines()) == 2 and (out / "base/report.html").is_file()
+
+
+def test_evaluate_makes_32_objects_of_a_prompt(two_epochs, prompt_files, tmp_path, monkeypatch):
+    """The paper's number, also for a run that was trained with another; and the number given, if one is."""
+    (tmp_path / "one.txt").write_text("a red cube\n")
+    for more, number in ((["--run", str(two_epochs[0])], 32), (["--samples-per-prompt", "3"], 3)):
+        command, config = r2d3.parse(["evaluate", "--test-prompts", str(tmp_path / "one.txt"), "--steps", "3", "--eval-size",
+                                      "16", "--out", str(tmp_path / str(number)), *more])
+        summary = command(config)
+        assert summary["samples_per_prompt"] == number and summary["fid_to_base"]["images"] == 4 * number
+
+
+class Seeing(torch.nn.Module):
+    """Stands for a network of pictures: what it is given is kept, what it says depends on the pictures' means."""
+
+    def __init__(self, dim, size=None):
+        super().__init__()
+        self.dim, self.given = dim, []
+        self.visual = SimpleNamespace(image_size=(size, size))
+
+    def forward(self, images):
+        self.given.append(images)
+        return images.mean((2, 3)) @ torch.linspace(-1, 1, 3 * self.dim).view(3, self.dim).cos()
+
+    encode_image = embed = forward
+
+    def encode_text(self, tokens):
+        return tokens.float()[:, :self.dim] + 1
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_features_of_bases_without_a_tower(two_epochs, monkeypatch, more):
+    """CLIP; and DreamSim and Inception where they are installed. The packages are stood for by what they offer."""
+    import open_clip
+    clip, dream, inception = Seeing(8, 20), Seeing(5), Seeing(7)
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: clip)
+    if more:
+        monkeypatch.setitem(sys.modules, "dreamsim", SimpleNamespace(dreamsim=lambda pretrained, device: (dream, None),
+                                                                     __spec__=object()))
+        fid = ModuleType("pytorch_fid.inception")
+        fid.InceptionV3 = lambda blocks: SimpleNamespace(to=lambda device: SimpleNamespace(
+            eval=lambda: lambda images: [inception(images)[..., None, None]]))
+        monkeypatch.setitem(sys.modules, "pytorch_fid", SimpleNamespace(__spec__=object(), __path__=[]))
+        monkeypatch.setitem(sys.modules, "pytorch_fid.inception", fid)
+    config = r2d3.resolve(r2d3.Config(samples_per_prompt=2, steps=3, eval_size=32, guidance=2.0))
+    base = r2d3.load_base(config, "cpu")
+    base.tower = None
+    features = r2d3.load_features(base, "cpu")
+    assert ("DreamSim" in features.title) == ("Inception" in features.title) == more
+    reward = r2d3.load_reward("dnc", base, "cpu")
+    schedule = r2d3.NoiseSchedule.from_diffusers("dpm", 3)
+    got = r2d3.measure(base, reward, features, schedule, ["a red cube", "a blue cone"], config, 0, "")
+    assert got.features.shape == (2, 2, 4, 5 if more else 8) and got.fid_features.shape == (2, 2, 4, 7 if more else 8)
+    assert clip.given[0].shape == (16, 3, 20, 20) and clip.given[0].abs().max() > 1.2          # resized and normalised
+    assert not more or (dream.given[0].shape == (16, 3, 224, 224) and inception.given[0].max() <= 1.001)
+    assert (got.alignment.abs() <= 1).all() and got.alignment.std() > 0
+    assert close_to_one(got.features.norm(dim=-1))
+
+
+def close_to_one(values):
+    return (values - 1).abs().max() < 1e-5
+
+
+def test_features_without_network(monkeypatch):
+    import open_clip
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **more: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(r2d3.UserError, match="network"):
+        r2d3.load_features(SimpleNamespace(tower=None), "cpu")

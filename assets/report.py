@@ -1,0 +1,91 @@
+"""The pictures and the page that a run leaves: before and after, the training's curves, all of it in one file.
+
+r2d3.py hands in tensors and text and gets back {file name: content}; nothing here knows of the method.
+"""
+
+import base64
+import html
+import io
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+img{max-width:100%} table{border-collapse:collapse} pre{background:#f5f5f5;padding:1rem;overflow-x:auto}
+td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}"""
+
+
+def files(before: Tensor, after: Tensor, captions: list[str], turntable: bytes, rows: list[dict], summary: dict,
+          metrics: dict[str, str], title: str, settings: str) -> dict[str, bytes | str]:
+    """Everything, by file name.
+
+    before, after: (n, 3, H, W) in [0, 1], with n captions. rows: the training's log, may be empty. summary:
+    {metric: {"before", "after", "after_ci95", "ci95"}}, the metrics' titles in `metrics`.
+    """
+    out = {"samples/before_after.png": png(labelled(torch.cat([before, after], 2), captions, min(6, len(captions)))),
+           "samples/turntable.gif": turntable}
+    if rows:
+        out["curves.png"] = curves(rows)
+    table = ""
+    for key, name in metrics.items():
+        row = summary[key]
+        (low, high), (down, up) = row["after_ci95"], row["ci95"]
+        table += (f"<tr><td>{name}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{low:.3f} .. {high:.3f}"
+                  f"<td>{down:+.3f} .. {up:+.3f}")
+
+    def inline(name: str) -> str:
+        return f"data:image/{name[-3:]};base64,{base64.b64encode(out[name]).decode()}"
+
+    out["report.html"] = f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>r2d3: {html.escape(title)}</title><style>{STYLE}</style>
+<h1>{html.escape(title)}</h1>
+<p>Scorer: {html.escape(summary['scorer'])}. {summary['prompts']} unseen prompts x {summary['samples_per_prompt']} objects,
+the same seeds before and after; {summary['seconds']:.0f} seconds in all. Intervals: 95%, bootstrap over prompts.
+Features: {html.escape(summary['features'])}. FID from {summary['fid_to_base']['images']} pictures a side.</p>
+<table><tr><th>on unseen prompts<th>before<th>after<th>95% of after<th>95% of the change</tr>{table}</table>
+<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
+<h2>All around</h2><p>Up to four objects before, then the same after.</p>
+<img alt="turntable" src="{inline('samples/turntable.gif')}">
+{f'<h2>Training</h2><img alt="curves" src="{inline("curves.png")}">' if rows else ''}
+<h2>Settings</h2><pre>{html.escape(settings)}</pre></html>"""
+    return out
+
+
+def labelled(images: Tensor, captions: list[str], columns: int) -> Image.Image:
+    """(n, 3, H, W) in [0, 1], each with its caption below, in rows of `columns`."""
+    n, _, H, W = images.shape
+    rows, line = -(-n // columns), H + 28
+    picture = Image.new("RGB", (columns * W, rows * line), "white")
+    draw = ImageDraw.Draw(picture)
+    for k, (image, caption) in enumerate(zip(images.detach().cpu().clamp(0, 1), captions)):
+        x, y = k % columns * W, k // columns * line
+        picture.paste(Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()), (x, y))
+        words = caption.split()
+        half = (len(words) + 1) // 2
+        draw.multiline_text((x + W // 2, y + H), " ".join(words[:half]) + "\n" + " ".join(words[half:]), fill="black",
+                            anchor="ma", align="center", spacing=1, font_size=10)
+    return picture
+
+
+def curves(rows: list[dict]) -> bytes:
+    """The log as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(1, 3), (("reward", "reward of the epoch's samples"),
+                                                           ("coverage", "alpha coverage"), ("loss", "loss"))):
+        axes.plot([row["update"] for row in rows], [row[name] for row in rows], color="tab:blue")
+        axes.set(title=title, xlabel="update")
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
