@@ -105,7 +105,7 @@ class Config:
 
     epochs: int | None = None  # passes of sampling and training; None: by base
     batch_size: int | None = None  # objects sampled per epoch and process; None: by base
-    updates_per_epoch: int = 4  # optimiser steps per epoch, which share its transitions evenly
+    updates_per_epoch: int | None = None  # optimiser steps, which share an epoch's transitions; None: by base
     micro_batch: int = 16  # transitions in one forward and backward pass; memory grows with it
     lr: float | None = None  # learning rate of AdamW; None: by base
     weight_decay: float = 1e-4  # of AdamW (paper)
@@ -124,7 +124,7 @@ class Config:
     time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
     train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
     stratify: bool = True  # draw the trained steps evenly over time (paper); else uniformly at random
-    skip_below: float = 0.0  # levels whose beta w / k is below this share of the largest get no g (0 is used)
+    skip_below: float | None = None  # steps weighted below this share of the largest do without g; paper: 0
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
     clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
 
@@ -145,17 +145,21 @@ class Config:
     row: str | None = None  # evaluate: a .jsonl file that the result is appended to, as one line
 
 
-PAPER = {"epochs": 100, "batch_size": 16, "lr": 1e-4, "matching": "score", "branch": "guided", "views": 4,
-         "view_size": 512, "eval_size": 512}
-PRESETS = {  # by base and reward; `shapes`: chosen from assets/results/sweep.jsonl; "paper": bases to come
-    "shapes": {
-        "": {"epochs": 6, "batch_size": 16, "lr": 1e-3, "matching": "eps", "branch": "conditional",
-             "views": 2, "view_size": 48, "eval_size": 64, "lam": 1.0, "beta": 300.0},
+PRESETS = {  # by base; under "" for all, then by reward and by method (the later wins)
+    "shapes": {  # chosen from assets/results/compare.jsonl
+        "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
+             "branch": "conditional", "skip_below": 0.25, "views": 2, "view_size": 48, "eval_size": 64,
+             "beta": 1000.0, "lam": 1.0},
+        "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
+        "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
+        "ddpo": {"epochs": 40, "updates_per_epoch": 4},
     },
-    "paper": {
-        "": PAPER | {"beta": 1e6, "lam": 1e4},
-        "aesthetic": PAPER | {"beta": 2e6, "lam": 3e3},
-        "hpsv2": PAPER | {"beta": 1e7, "lam": 5e3},
+    "paper": {  # its values; "paper": bases to come
+        "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
+             "branch": "guided", "skip_below": 0.0, "views": 4, "view_size": 512, "eval_size": 512,
+             "beta": 1e6, "lam": 1e4},
+        "aesthetic": {"beta": 2e6, "lam": 3e3},
+        "hpsv2": {"beta": 1e7, "lam": 5e3},
     },
 }
 
@@ -164,14 +168,14 @@ def resolve(config: Config) -> Config:
     """A new Config with the defaults that depend on base and reward filled in; refuses what cannot work."""
     presets = PRESETS["shapes" if config.base == "shapes" else "paper"]
     first_reward = config.reward.split(",")[0].split("=")[0]
-    filled = {name: value for name, value in presets.get(first_reward, presets[""]).items()
-              if getattr(config, name) is None}
+    usual = presets[""] | presets.get(first_reward, {}) | presets.get(config.method, {})
     name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
-    usual = {"prompts": str(HERE / f"prompts/{config.base}_train.txt"),
-             "test_prompts": str(HERE / f"prompts/{config.base}_test.txt"),
-             "samples_per_prompt": 4, "device": "cuda" if torch.cuda.is_available() else "cpu",
-             "out": f"runs/{config.base}-{name}-seed{config.seed}"}
-    filled |= {name: value for name, value in usual.items() if getattr(config, name) is None}
+    usual |= {"prompts": str(HERE / f"prompts/{config.base}_train.txt"),
+              "test_prompts": str(HERE / f"prompts/{config.base}_test.txt"),
+              "samples_per_prompt": 4, "device": "cuda" if torch.cuda.is_available() else "cpu",
+              "out": f"runs/{config.base}-{name}{'' if config.method == 'nabla' else '-' + config.method}"
+                     f"-seed{config.seed}"}
+    filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
     for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
         path = filled.get(name, getattr(config, name))
         if path and Path(path[:200]).is_file():

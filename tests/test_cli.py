@@ -36,7 +36,7 @@ def test_import_is_silent_and_light():
 def test_every_field_is_read_and_documented(name):
     source = (ROOT / "r2d3.py").read_text()
     before, rest = source.split("class Config:")
-    body, after = rest.split("\nPAPER = ")
+    body, after = rest.split("\nPRESETS = ")
     assert re.search(rf"\bconfig\.{name}\b", before + after), f"--{name} is never read"
     assert re.search(rf"^    {name}: [^#\n]+  # \w[^\n]+$", body, re.M), f"{name} has no help text"
 

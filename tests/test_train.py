@@ -209,7 +209,7 @@ def test_fine_tuning_raises_the_reward_on_unseen_prompts(prompt_files, tmp_path)
     summary = r2d3.train(dataclasses.replace(config, test_prompts=str(tmp_path / "test.txt")))
     assert summary["reward"]["change"] > 0 and summary["reward"]["standard_errors"] > 3, summary["reward"]
     rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
-    assert len(rows) == 13
+    assert len(rows) == 1 + 3 * 16
 
 
 def test_sample_writes_what_viewers_open(two_epochs, tmp_path):
