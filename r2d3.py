@@ -776,12 +776,12 @@ def load_clip(name: str, weights: str, device: torch.device | str, checkpoint: b
 
 
 def clip_embed(visual: nn.Module, images: Tensor) -> Tensor:
-    """CLIP's image tower: (N, 3, S, S) in [0, 1] -> (N, D), unit length, float32."""
+    """CLIP's image tower: (N, 3, S, S) in [0, 1] -> (N, D), unit length."""
     import open_clip
     mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
     std = images.new_tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
     dtype = next(visual.parameters(), images).dtype
-    return F.normalize(visual(((images - mean) / std).to(dtype)).float(), dim=-1)
+    return F.normalize(visual(((images - mean) / std).to(dtype)).to(images.dtype), dim=-1)
 
 
 class LaionAesthetic(nn.Module):
@@ -901,7 +901,7 @@ class MarigoldNormals(nn.Module):
         noise = noise.to(latent).expand_as(latent)
         out = self.unet(torch.cat([latent, noise], 1), t, self.text.expand(len(latent), -1, -1)).sample
         z = self.scheduler.step(out, t, noise).prev_sample
-        normals = F.normalize(self.vae.decode(z / scale).sample.float().clamp(-1, 1), dim=1)
+        normals = F.normalize(self.vae.decode(z / scale).sample.to(images.dtype).clamp(-1, 1), dim=1)
         normals = F.normalize(F.interpolate(normals, images.shape[-2:], mode="bilinear"), dim=1)
         return normals * normals.new_tensor([1, -1, -1]).view(3, 1, 1)  # theirs: y up, z towards the viewer
 
