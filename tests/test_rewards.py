@@ -73,7 +73,7 @@ def test_hps_preprocessing_is_the_published_one(hps):
 
 
 def test_hps_score_is_the_published_one(hps):
-    """Cosine without logit scale. Measured against the recording: scores 1e-7, gradient 4e-7 of its largest."""
+    """Cosine without logit scale. Measured: scores within 6e-8, gradients 6e-7 of the largest, texts 2e-7."""
     import open_clip
     clip, d = hps
     assert torch.equal(open_clip.tokenize(PROMPTS), d["tokens"].long())
@@ -357,7 +357,7 @@ class ExactMarigold:
 def test_camera_frames_agree_on_a_sphere():
     """Rendered normals (x right, y down, z forward) against an exact estimate in Marigold's axes, from two views.
 
-    Measured: 0.9986 (pixels on the rim mix splats); with any one axis turned round at most 0.6.
+    Measured: 0.9989 (a pixel blends several splats); with any one axis turned round at most 0.66.
     """
     got, truth = sphere()
     assert (got.normal[:, :, 2][got.alpha[:, :, 0] > 0.5] < 0).all(), "they face the camera"
@@ -697,8 +697,11 @@ def test_object_captions():
     for line in everything:
         assert line.isascii() and line == line.strip() and "  " not in line and not line.endswith("."), line
         assert 4 <= len(line.split()) <= 20 and len(line) <= 110, line
-    assert 7 <= sum(len(line.split()) for line in everything) / len(everything) <= 13
+    assert 6 <= sum(len(line.split()) for line in everything) / len(everything) <= 13
     starts = [" ".join(line.split()[:3]) for line in plain]
     assert max(starts.count(start) for start in starts) <= 0.03 * len(starts), "no template"
-    words = {word for line in plain for word in line.split()}
-    assert len(words) > 1200, len(words)
+    assert len({word for line in plain for word in line.split()}) > 1500
+    small = {"a", "an", "and", "in", "of", "on", "the", "with"}
+    words = [set(line.split()) - small for line in plain]
+    for seen in words[len(train):]:                             # not the same object in other words either
+        assert all(len(seen & other) <= 0.5 * len(seen | other) for other in words[:len(train)]), seen
