@@ -173,7 +173,7 @@ def resolve(config: Config) -> Config:
     filled |= {name: value for name, value in usual.items() if getattr(config, name) is None}
     for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
         path = filled.get(name, getattr(config, name))
-        if path and Path(path[:200]).is_file():
+        if path and os.path.isfile(path):
             filled[name] = str(Path(path).resolve())
     config = dataclasses.replace(config, **filled)
     try:
@@ -660,6 +660,8 @@ def fetching(what: str, size: str) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise UserError(f"{what}: {error}; pip install -r requirements.txt brings all that is needed") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
@@ -884,7 +886,7 @@ class MarigoldNormals(nn.Module):
         """The published weights, fetched from the Hugging Face hub on first use; bf16 on a GPU."""
         with fetching("the scorer marigold", "2.6 GB"):
             from diffusers import MarigoldNormalsPipeline
-            model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16"))
+            model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16").to(torch.float32))
         if checkpoint:
             model.unet.enable_gradient_checkpointing()
             model.vae.enable_gradient_checkpointing()
@@ -897,8 +899,7 @@ class MarigoldNormals(nn.Module):
         t, scale = self.scheduler.timesteps[0], self.vae.config.scaling_factor
         x = F.interpolate(images * 2 - 1, (self.size, self.size), mode="bilinear", antialias=True)
         latent = self.vae.encode(x.to(self.text)).latent_dist.mode() * scale        # (N, 4, h, w)
-        noise = torch.randn(latent.shape[1:], generator=torch.Generator().manual_seed(0))
-        noise = noise.to(latent).expand_as(latent)
+        noise = torch.randn(latent.shape[1:], generator=seeded(0)).to(latent).expand_as(latent)
         out = self.unet(torch.cat([latent, noise], 1), t, self.text.expand(len(latent), -1, -1)).sample
         z = self.scheduler.step(out, t, noise).prev_sample
         normals = F.normalize(self.vae.decode(z / scale).sample.to(images.dtype).clamp(-1, 1), dim=1)
@@ -939,13 +940,12 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str,
     """
     config = config or Config()
     names = {part.partition("=")[0].strip() for part in spec.split(",")}
-    wanted = {f"--scorer {config.scorer}": {name for name in SCORERS if config.scorer in SCORERS[name][1:]},
-              "--normal-gradient": {"normal"} if config.normal_gradient else {},
-              "--angle-mask": {"normal", "dnc"} if config.angle_mask else {}}
-    for option, measured in wanted.items():
-        if measured and not measured & names:
-            raise UserError(f"{option} is for {' and '.join(sorted(measured))}, and --reward is {spec}; "
-                            "leave it out")
+    options = {f"--scorer {config.scorer}": [name for name in SCORERS if config.scorer in SCORERS[name][1:]],
+               "--normal-gradient": ["normal"] * config.normal_gradient,
+               "--angle-mask": ["normal", "dnc"] * config.angle_mask}
+    for option, its in options.items():
+        if its and not names & {*its}:
+            raise UserError(f"{option} is for {' and '.join(its)}, and --reward is {spec}; leave it out")
     terms = []
     for part in spec.split(","):
         name, _, weight = part.partition("=")

@@ -161,7 +161,7 @@ def test_hps_that_cannot_be_fetched_says_so(published, monkeypatch):
     with pytest.raises(r2d3.UserError, match="could not be fetched or read"):
         r2d3.HPSv2.pretrained("v2.1", "cpu")
     monkeypatch.setitem(sys.modules, "hpsv2.utils", None)       # the package is not installed
-    with pytest.raises(r2d3.UserError, match="hpsv2"):
+    with pytest.raises(r2d3.UserError, match="hpsv2.*pip install -r requirements.txt"):
         r2d3.HPSv2.pretrained("v2.1", "cpu")
 
 
@@ -172,7 +172,7 @@ def test_the_package_knows_the_checkpoints():
 
 
 def test_half_precision_is_asked_for_on_a_gpu_and_works(published):
-    """bf16 weights, pictures and scores in float32. Measured: scores within 4e-3, gradient's cosine 0.999."""
+    """bf16 weights, pictures and scores in float32. Measured: scores within 3e-3, gradient's cosine 0.9999."""
     r2d3.load_clip("ViT-H-14", str(published.folder / "checkpoint.pt"), "cuda:1", False)
     assert published.asked == [("ViT-H-14", "pure_bf16", "cuda:1")]
     half = published.create("tiny-clip", pretrained=str(published.folder / "checkpoint.pt"), precision="pure_bf16")
@@ -256,7 +256,8 @@ def pipeline(tmp_path_factory):
 def estimator(pipeline, tmp_path_factory):
     """The same, saved as published and loaded by our code."""
     folder = tmp_path_factory.mktemp("marigold")
-    pipeline.save_pretrained(folder, variant="fp16")
+    pipeline.to(torch.float16).save_pretrained(folder, variant="fp16")          # as published
+    pipeline.to(torch.float32)
     name, r2d3.MarigoldNormals.name = r2d3.MarigoldNormals.name, str(folder)
     yield r2d3.MarigoldNormals.pretrained("cpu")
     r2d3.MarigoldNormals.name = name
@@ -271,7 +272,7 @@ def test_marigold_is_the_pipeline(pipeline, estimator, size):
     assert r2d3.MarigoldNormals.name != "prs-eth/marigold-normals-v1-1"         # here: the tiny one
     pipeline.set_progress_bar_config(disable=True)
     images = torch.rand(3, 3, size, size, generator=seeded(2))
-    noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(3, 4, 16, 16)
+    noise = torch.randn(4, 16, 16, generator=seeded(0)).expand(3, 4, 16, 16)
     theirs = pipeline(images, num_inference_steps=1, latents=noise.clone(), batch_size=3, output_type="pt")[0]
     ours = estimator(images)
     assert ours.shape == images.shape and close(ours.norm(dim=1), torch.ones(3, size, size), 1e-5)
@@ -284,6 +285,7 @@ def test_marigold_is_the_pipeline(pipeline, estimator, size):
 def test_marigold_is_frozen_and_differentiable(estimator):
     """Along the gradient, in float64: the slope is the gradient's norm."""
     assert not estimator.training and not any(weight.requires_grad for weight in estimator.parameters())
+    assert {weight.dtype for weight in (estimator.text, *estimator.parameters())} == {torch.float32}
     weights = torch.randn(1, 3, 32, 32, generator=seeded(3)).double()
     images = torch.rand(1, 3, 32, 32, generator=seeded(4)).double().requires_grad_()
     estimator.double()
@@ -311,6 +313,17 @@ def test_marigold_saves_memory_if_asked_and_says_when_it_is_missing(estimator, m
     with pytest.raises(r2d3.UserError, match="marigold could not be fetched") as error:
         r2d3.MarigoldNormals.pretrained("cpu")
     assert "\n" not in str(error.value)
+
+
+def test_marigold_in_half_precision(estimator):
+    """bf16 as on a GPU, pictures and normals in float32. Measured: 1.5 degrees on average."""
+    import copy
+    half = copy.deepcopy(estimator).to(torch.bfloat16)
+    images = torch.rand(2, 3, 32, 32, generator=seeded(4))
+    got, want = half(images), estimator(images)
+    assert got.dtype == torch.float32 and half.text.dtype == torch.bfloat16
+    angle = torch.rad2deg(torch.acos((got * want).sum(1).clamp(-1, 1)))
+    assert 0 < angle.mean() < 5
 
 
 def sphere(views=2):
@@ -485,7 +498,7 @@ def test_options_pick_the_scorer_and_are_in_the_title(scorers):
             ("dnc", {"scorer": "marigold"}, "--scorer marigold is for normal, and --reward is dnc"),
             ("aesthetic", {"scorer": "hps-v2.1"}, "--scorer hps-v2.1 is for hpsv2"),
             ("dnc", {"normal_gradient": True}, "--normal-gradient is for normal"),
-            ("aesthetic", {"angle_mask": True}, "--angle-mask is for dnc and normal"),
+            ("aesthetic", {"angle_mask": True}, "--angle-mask is for normal and dnc"),
             ("beauty", {}, "there is no reward 'beauty'")):
         with pytest.raises(r2d3.UserError, match=re.escape(words)):
             load(reward, **options)
