@@ -661,7 +661,7 @@ def fetching(what: str, size: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
-        raise UserError(f"{what}: {error}; pip install -r requirements.txt brings all that is needed") from None
+        raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
@@ -709,7 +709,7 @@ def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
 # 7. Rewards
 # A reward is a function of pictures and prompts: reward(render, prompts) -> score (B, V), differentiable with
 # respect to the render. Its gradient is all that the method sees of it.
-# Needs: section 4.
+# Needs: sections 3 and 4; the published scorers are networks of open_clip and diffusers.
 # -----------------------------------------------------------------------------------------------------------
 
 Reward = Callable[[Render, list[str]], Tensor]
@@ -826,7 +826,8 @@ class LaionAesthetic(nn.Module):
 class HPSv2(nn.Module):
     """Human Preference Score v2: cosine of picture and prompt in a CLIP ViT-H/14 tuned on people's choices.
 
-    Scores are about 0.2 to 0.35: without CLIP's logit scale, as in HPSv2's own score and in Nabla-R2D3.
+    Scores are about 0.2 to 0.35: without CLIP's logit scale, as in HPSv2's own score and in Nabla-R2D3. Of the
+    package hpsv2 only the checkpoints' names are used: its networks do not import any more.
     """
 
     def __init__(self, clip: nn.Module):
@@ -837,7 +838,7 @@ class HPSv2(nn.Module):
     def pretrained(cls, version: str, device: torch.device | str, checkpoint: bool = False) -> HPSv2:
         """The published weights of "v2.1" or "v2.0", fetched from the Hugging Face hub on first use."""
         with fetching(f"the scorer hps-{version}", "4 GB"):
-            from hpsv2.utils import hps_version_map             # that package's networks fail to import
+            from hpsv2.utils import hps_version_map
             from huggingface_hub import hf_hub_download
             path = hf_hub_download("xswu/HPSv2", hps_version_map[version])
             return cls(load_clip("ViT-H-14", path, device, checkpoint)).eval().requires_grad_(False)

@@ -562,7 +562,7 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
     base, reward, schedule, prompts, null, config, scores = setting
     left_out = set(sorted(prompts, key=scores.get)[:3])
     want = [prompt for prompt in prompts if prompt not in left_out]
-    twice = [*prompts, prompts[4], prompts[7]]
+    twice = [prompts[0]] * 3 + prompts + [prompts[7]]
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == want and len(want) == 9
     assert json.loads(Path(config.out, "checkpoint/prompt_scores-0.json").read_text())
     again = [p for p in twice if p not in left_out]             # a prompt that is there twice counts once
@@ -575,9 +575,11 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
     monkeypatch.setattr(r2d3, "rollout", untouchable)
     later = dataclasses.replace(config, resume=True, epochs=99)
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, later) == want
-    for changed in (dataclasses.replace(config, seed=4), dataclasses.replace(config, reward="dnc")):
+    other = [prompts[0], "a red cube", *prompts[2:]]            # a file that has changed
+    for changed, named in ((dataclasses.replace(config, seed=4), prompts), (config, other),
+                           (dataclasses.replace(config, reward="dnc"), prompts)):
         with pytest.raises(AssertionError, match="scored again"):   # another run's scores are not its own
-            r2d3.filter_prompts(base, reward, schedule, prompts, null, changed)
+            r2d3.filter_prompts(base, reward, schedule, named, null, changed)
     off = dataclasses.replace(config, min_quantile=0.0, out=str(Path(config.out, "off")))
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, off) == prompts
     assert not Path(off.out).exists()
