@@ -826,8 +826,8 @@ class LaionAesthetic(nn.Module):
 class HPSv2(nn.Module):
     """Human Preference Score v2: cosine of picture and prompt in a CLIP ViT-H/14 tuned on people's choices.
 
-    Scores are about 0.2 to 0.35: without CLIP's logit scale, as in HPSv2's own score and in Nabla-R2D3. Of the
-    package hpsv2 only the checkpoints' names are used: its networks do not import any more.
+    Scores are about 0.2 to 0.35: without CLIP's logit scale, as in HPSv2's own score and in Nabla-R2D3.
+    Only the checkpoints' names are the package hpsv2's: its networks do not import any more.
     """
 
     def __init__(self, clip: nn.Module):
