@@ -91,10 +91,14 @@ class Config:
     """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
 
     reward: str = "aesthetic"  # aesthetic, hpsv2, normal, dnc, file.py:function, a sum: aesthetic=1,dnc=0.3
-    scorer: Literal["auto", "embedded", "laion"] = "auto"  # of aesthetic (laion: LAION V2); auto: by base
+    scorer: Literal["auto", "embedded", "laion", "hps-v2.1", "hps-v2.0", "marigold"] = "auto"  # auto: by base
+    checkpoint_scorer: bool = False  # a published scorer's activations are computed twice, to save memory
+    normal_gradient: bool = False  # of normal, also through the estimator (paper: the estimate is detached)
+    angle_mask: bool = False  # normal and dnc only count where the surface is seen at less than 60 degrees
     base: Literal["shapes"] = "shapes"  # the 3D diffusion model; shapes is embedded, nothing is downloaded
     weights: str | None = None  # the base's weights if they are elsewhere: for shapes a .safetensors file
-    prompts: str | None = None  # a text file, one prompt a line, or a prompt; None: prompts/<base>_train.txt
+    prompts: str | None = None  # a file, one a line; a prompt; hpdv2:photo; None: prompts/<base>_train.txt
+    min_quantile: float | None = None  # leave out this share, where the base scores lowest; None: by base
     test_prompts: str | None = None  # never trained on, to measure; None: prompts/<base>_test.txt
     out: str | None = None  # folder to write to; None: runs/<base>-<reward>-seed<seed>
     run: str | None = None  # for sample and evaluate: the run whose LoRA to use; None: the base as it is
@@ -149,7 +153,7 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
     "shapes": {  # chosen from assets/results/compare.jsonl
         "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
              "branch": "conditional", "skip_below": 0.25, "views": 2, "view_size": 48, "eval_size": 64,
-             "beta": 1000.0, "lam": 1.0},
+             "beta": 1000.0, "lam": 1.0, "min_quantile": 0.0},
         "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "ddpo": {"epochs": 40, "updates_per_epoch": 4},
@@ -157,9 +161,11 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
     "paper": {  # its values; "paper": bases to come
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
              "branch": "guided", "skip_below": 0.0, "views": 4, "view_size": 512, "eval_size": 512,
-             "beta": 1e6, "lam": 1e4},
+             "beta": 1e6, "lam": 1e4, "min_quantile": 0.0},
         "aesthetic": {"beta": 2e6, "lam": 3e3},
         "hpsv2": {"beta": 1e7, "lam": 5e3},
+        "normal": {"min_quantile": 0.2},
+        "dnc": {"min_quantile": 0.2},
     },
 }
 
@@ -178,7 +184,7 @@ def resolve(config: Config) -> Config:
     filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
     for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
         path = filled.get(name, getattr(config, name))
-        if path and Path(path[:200]).is_file():
+        if path and os.path.isfile(path):
             filled[name] = str(Path(path).resolve())
     config = dataclasses.replace(config, **filled)
     try:
@@ -190,9 +196,9 @@ def resolve(config: Config) -> Config:
     if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
-                   "draft_noises", "skip_below"}
+                   "draft_noises", "skip_below", "min_quantile"}
     at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9,
-               "skip_below": 1, "draft_steps": config.steps}
+               "skip_below": 1, "draft_steps": config.steps, "min_quantile": 0.9}
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
             continue
@@ -667,22 +673,44 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
 
 
+@contextlib.contextmanager
+def fetching(what: str, size: str) -> Iterator[None]:
+    """Whatever goes wrong while published data is fetched and read becomes one sentence."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
+                        "--base shapes with its own scorers and prompts needs none") from None
+
+
 def load_prompts(spec: str) -> list[str]:
-    """A text file with one prompt a line, or the prompt itself."""
+    """A text file with one prompt a line, the prompt itself, or hpdv2:photo, a style of that benchmark."""
     if not spec.strip():
         raise UserError("the prompt is empty; write what to make, for example --prompts \"a red cube\"")
-    path = Path(spec[:200])
-    if path.is_file():
+    if spec.startswith("hpdv2:"):
+        style = spec.removeprefix("hpdv2:")
+        if style not in ("photo", "anime", "concept-art", "paintings"):
+            raise UserError(f"--prompts {spec}: the styles are photo, anime, concept-art and paintings")
+        with fetching("the HPDv2 benchmark prompts", "1 MB"):
+            import hpsv2
+            return [" ".join(prompt.split()) for prompt in hpsv2.benchmark_prompts(style)]
+    if os.path.isfile(spec):
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(spec).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise UserError(f"the prompt file {path} is not UTF-8 text; write one prompt a line") from None
+            raise UserError(f"the prompt file {spec} is not UTF-8 text; write one prompt a line") from None
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
-            raise UserError(f"the prompt file {path} is empty; write one prompt a line")
+            raise UserError(f"the prompt file {spec} is empty; write one prompt a line")
         return prompts
-    if path.suffix or os.sep in spec or path.is_dir():
-        raise UserError(f"there is no prompt file {path}")
+    one_word = len(spec.split()) == 1                           # "a lamp, black/white, 1.5 m" is a prompt
+    if spec.endswith(".txt") or os.path.isdir(spec) or one_word and (Path(spec).suffix or os.sep in spec):
+        raise UserError(f"there is no prompt file {spec}")
     return [spec.strip()]
 
 
@@ -701,7 +729,7 @@ def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
 # 7. Rewards
 # A reward is a function of pictures and prompts: reward(render, prompts) -> score (B, V), differentiable with
 # respect to the render. Its gradient is all that the method sees of it.
-# Needs: section 4.
+# Needs: sections 3 and 4; the published scorers are networks of open_clip and diffusers.
 # -----------------------------------------------------------------------------------------------------------
 
 Reward = Callable[[Render, list[str]], Tensor]
@@ -736,16 +764,46 @@ def depth_to_normals(depth: Tensor) -> Tensor:
     return F.pad(F.normalize(torch.cross(down, right, dim=-3), dim=-3), (1, 1, 1, 1))
 
 
-def depth_normal_consistency(render: Render, prompts: list[str]) -> Tensor:
+def mean_cosine(a: Tensor, b: Tensor, mask: Tensor, angle_mask: bool) -> Tensor:
+    """Mean cosine of unit normals (B, V, 3, H, W) where `mask` (B, V, H, W) is true: (B, V), 0 if nowhere.
+
+    `angle_mask` leaves out where b is 60 degrees or more from the line of sight (Nabla-R2D3's option).
+    """
+    if angle_mask:
+        camera = torch.eye(4).to(b)[None, None], intrinsics(1, 1).to(b)
+        sight = plucker_rays(*camera, *b.shape[-2:])[:, :, 3:]
+        mask = mask & ((b * sight).sum(2).abs() > 0.5)
+    return ((a * b).sum(2) * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
+
+
+def depth_normal_consistency(render: Render, prompts: list[str], angle_mask: bool = False) -> Tensor:
     """Mean cosine between rendered normals and the normals of the rendered depth (detached, as published).
 
     Over pixels that are on the object (alpha > 0.5) with all their four neighbours; 0 where there is none.
     """
     inside = (render.alpha > 0.5).float()
     cross = inside.new_tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
-    mask = (F.conv2d(inside.flatten(0, 1), cross) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]
-    cosine = (render.normal * depth_to_normals(render.depth.detach())).sum(2)[..., 1:-1, 1:-1]
-    return (cosine * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
+    mask = (F.conv2d(inside.flatten(0, 1), cross, padding=1) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]
+    return mean_cosine(depth_to_normals(render.depth.detach()), render.normal, mask, angle_mask)
+
+
+def load_clip(name: str, weights: str, device: torch.device | str, checkpoint: bool) -> nn.Module:
+    """open_clip's CLIP, in bf16 on a GPU; `checkpoint`: activations are computed twice instead of kept."""
+    import open_clip
+    precision = "pure_bf16" if torch.device(device).type == "cuda" else "fp32"
+    clip = open_clip.create_model(name, pretrained=weights, precision=precision, device=device)
+    if checkpoint:
+        clip.set_grad_checkpointing()
+    return clip
+
+
+def clip_embed(visual: nn.Module, images: Tensor) -> Tensor:
+    """CLIP's image tower: (N, 3, S, S) in [0, 1] -> (N, D), unit length."""
+    import open_clip
+    mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = images.new_tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    dtype = next(visual.parameters(), images).dtype
+    return F.normalize(visual(((images - mean) / std).to(dtype)).to(images.dtype), dim=-1)
 
 
 class LaionAesthetic(nn.Module):
@@ -765,37 +823,109 @@ class LaionAesthetic(nn.Module):
         self.layers = nn.Sequential(OrderedDict((name, nn.Linear(*size)) for name, size in sizes.items()))
 
     @classmethod
-    def pretrained(cls, device: torch.device | str) -> LaionAesthetic:
+    def pretrained(cls, device: torch.device | str, checkpoint: bool = False) -> LaionAesthetic:
         """The published weights, fetched on first use (CLIP through open_clip, the head is 3.7 MB)."""
-        import open_clip
-        path = Path(torch.hub.get_dir()) / "checkpoints" / cls.url.rsplit("/", 1)[1]
-        try:
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(cls.url, str(path), hash_prefix=cls.sha256)
-            intact = hashlib.sha256(path.read_bytes()).hexdigest() == cls.sha256
-            clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained="openai") if intact else None
-        except Exception as error:
-            raise UserError(f"the weights of --scorer laion could not be fetched ({type(error).__name__}); "
-                            "a network is needed once; without --scorer none is") from None
-        if not intact:
-            raise UserError(f"{path} is not the published file (wrong checksum); delete it and start again")
-        model = cls(clip.visual)
-        model.layers.load_state_dict({key.removeprefix("layers."): value for key, value in
-                                      torch.load(path, map_location="cpu", weights_only=True).items()})
+        with fetching("the scorer laion", "0.9 GB"):
+            head = torch.hub.load_state_dict_from_url(cls.url, map_location="cpu", weights_only=True)
+            path = Path(torch.hub.get_dir()) / "checkpoints" / cls.url.rsplit("/", 1)[1]
+            if hashlib.sha256(path.read_bytes()).hexdigest() != cls.sha256:
+                raise UserError(f"{path} is not the published file (wrong checksum); delete it and try again")
+            model = cls(load_clip("ViT-L-14-quickgelu", "openai", device, checkpoint).visual)
+            model.layers.load_state_dict({key.removeprefix("layers."): value for key, value in head.items()})
         return model.to(device).eval().requires_grad_(False)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, 768), unit length."""
-        import open_clip
-        mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-        std = images.new_tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
-        images = F.interpolate(images, self.visual.image_size, mode="bicubic")
-        return F.normalize(self.visual((images - mean) / std), dim=-1)
+        return clip_embed(self.visual, F.interpolate(images, self.visual.image_size, mode="bicubic"))
 
     def forward(self, render: Render, prompts: list[str]) -> Tensor:
         scores = self.layers(self.embed(render.image.flatten(0, 1)))
         return scores.reshape(render.image.shape[:2])
+
+
+class HPSv2(nn.Module):
+    """Human Preference Score v2: cosine of picture and prompt in a CLIP ViT-H/14 tuned on people's choices.
+
+    Scores are about 0.2 to 0.35: without CLIP's logit scale, as in HPSv2's own score and in Nabla-R2D3.
+    Only the checkpoints' names are the package hpsv2's: its networks do not import any more.
+    """
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        self.clip, self.texts = clip, {}        # texts: prompt -> (D,), encoded once
+
+    @classmethod
+    def pretrained(cls, version: str, device: torch.device | str, checkpoint: bool = False) -> HPSv2:
+        """The published weights of "v2.1" or "v2.0", fetched from the Hugging Face hub on first use."""
+        with fetching(f"the scorer hps-{version}", "4 GB"):
+            from hpsv2.utils import hps_version_map
+            from huggingface_hub import hf_hub_download
+            path = hf_hub_download("xswu/HPSv2", hps_version_map[version])
+            return cls(load_clip("ViT-H-14", path, device, checkpoint)).eval().requires_grad_(False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 3, S, S): the longest side to S, antialiased bicubic, the rest black."""
+        size = max(self.clip.visual.image_size)
+        h, w = (round(side * size / max(images.shape[-2:])) for side in images.shape[-2:])
+        left, top = (size - w) // 2, (size - h) // 2
+        images = F.interpolate(images, (h, w), mode="bicubic", antialias=True)
+        return F.pad(images, (left, size - w - left, top, size - h - top))
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """(B, D), unit length."""
+        import open_clip
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
+        if new:
+            tokens = open_clip.tokenize(new).to(self.clip.logit_scale.device)
+            self.texts.update(zip(new, F.normalize(self.clip.encode_text(tokens).float(), dim=-1)))
+        return torch.stack([self.texts[prompt] for prompt in prompts])
+
+    def forward(self, render: Render, prompts: list[str]) -> Tensor:
+        embeds = clip_embed(self.clip.visual, self.preprocess(render.image.flatten(0, 1)))
+        return (embeds.unflatten(0, render.image.shape[:2]) * self.encode_text(prompts)[:, None]).sum(-1)
+
+
+class MarigoldNormals(nn.Module):
+    """Marigold's normal estimator (arXiv 2505.09358) in one step, from the parts of diffusers' pipeline.
+
+    Unlike the pipeline it is differentiable, and starts from one fixed noise: a picture has one estimate.
+    """
+
+    name = "prs-eth/marigold-normals-v1-1"
+
+    def __init__(self, pipeline):
+        super().__init__()
+        self.vae, self.unet, self.scheduler = pipeline.vae, pipeline.unet, pipeline.scheduler
+        self.size = pipeline.default_processing_resolution
+        self.scheduler.set_timesteps(1)
+        no_words = pipeline.tokenizer("", return_tensors="pt").input_ids
+        self.register_buffer("text", pipeline.text_encoder(no_words)[0].detach())   # (1, 2, D)
+
+    @classmethod
+    def pretrained(cls, device: torch.device | str, checkpoint: bool = False) -> MarigoldNormals:
+        """The published weights, fetched from the Hugging Face hub on first use; bf16 on a GPU."""
+        with fetching("the scorer marigold", "2.6 GB"):
+            from diffusers import MarigoldNormalsPipeline
+            model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16").to(torch.float32))
+        if checkpoint:
+            model.unet.enable_gradient_checkpointing()
+            model.vae.enable_gradient_checkpointing()
+            model.vae.enable_slicing()                          # one picture at a time
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return model.to(device, dtype).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] -> (N, 3, S, S), unit normals in our camera space."""
+        t, scale = self.scheduler.timesteps[0], self.vae.config.scaling_factor
+        x = F.interpolate(images * 2 - 1, (self.size, self.size), mode="bilinear", antialias=True)
+        latent = self.vae.encode(x.to(self.text)).latent_dist.mode() * scale        # (N, 4, h, w)
+        noise = torch.randn(latent.shape[1:], generator=seeded(0)).to(latent).expand_as(latent)
+        out = self.unet(torch.cat([latent, noise], 1), t, self.text.expand(len(latent), -1, -1)).sample
+        z = self.scheduler.step(out, t, noise).prev_sample
+        normals = F.normalize(self.vae.decode(z / scale).sample.to(images.dtype).clamp(-1, 1), dim=1)
+        normals = F.normalize(F.interpolate(normals, images.shape[-2:], mode="bilinear"), dim=1)
+        return normals * normals.new_tensor([1, -1, -1]).view(3, 1, 1)  # theirs: y up, z towards the viewer
 
 
 def tower_agreement(tower: ImageTextTower) -> Reward:
@@ -806,23 +936,37 @@ def tower_agreement(tower: ImageTextTower) -> Reward:
     return score
 
 
-def normal_agreement(estimator: nn.Module) -> Reward:
-    """Mean cosine between rendered normals and those an estimator sees in the picture (estimate detached)."""
+def normal_agreement(estimator: nn.Module, gradient: bool = False, angle_mask: bool = False) -> Reward:
+    """Mean cosine between rendered normals and those an estimator sees in the picture.
+
+    The estimate is detached, as in the paper's setting; with `gradient` the picture learns from it too.
+    """
     def score(render: Render, prompts: list[str]) -> Tensor:
-        with torch.no_grad():
+        with contextlib.nullcontext() if gradient else torch.no_grad():
             estimate = estimator(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])
-        mask = (render.alpha > 0.5)[:, :, 0]
-        return ((render.normal * estimate).sum(2) * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
+        return mean_cosine(render.normal, estimate, (render.alpha > 0.5)[:, :, 0], angle_mask)
     return score
 
 
-def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: str = "auto") -> Reward:
+# What can measure a reward: the embedded scorer, then the default of the paper's bases, then others.
+SCORERS = {"aesthetic": ("embedded", "laion"), "hpsv2": ("embedded", "hps-v2.1", "hps-v2.0"),
+           "normal": ("embedded", "marigold"), "dnc": ("embedded",)}
+
+
+def load_reward(spec: str, base: DiffSplat, device: torch.device | str,
+                config: Config | None = None) -> Reward:
     """The reward that `spec` describes: "aesthetic", "aesthetic=1,dnc=0.3", "my_file.py:my_function".
 
-    The returned function has a `.title` that says which scorer measures it.
+    `config` has the options. The returned function has a `.title` that says which scorer measures it.
     """
-    if scorer == "laion" and "aesthetic" not in spec:
-        raise UserError(f"--scorer laion measures aesthetic, and --reward is {spec}; leave --scorer out")
+    config = config or Config()
+    names = {part.partition("=")[0].strip() for part in spec.split(",")}
+    options = {f"--scorer {config.scorer}": [name for name in SCORERS if config.scorer in SCORERS[name][1:]],
+               "--normal-gradient": ["normal"] * config.normal_gradient,
+               "--angle-mask": ["normal", "dnc"] * config.angle_mask}
+    for option, its in options.items():
+        if its and not names & {*its}:
+            raise UserError(f"{option} is for {' and '.join(its)}, and --reward is {spec}; leave it out")
     terms = []
     for part in spec.split(","):
         name, _, weight = part.partition("=")
@@ -832,13 +976,15 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
             weight = math.nan
         if not math.isfinite(weight) or weight == 0:
             raise UserError(f"the weight in --reward {part} is not a number or 0; write dnc=0.3, say")
-        terms.append((weight, *load_reward_term(name.strip(), base, device, scorer)))
+        terms.append((weight, *load_reward_term(name.strip(), base, device, config)))
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
         total = 0
         for weight, function, title in terms:
             try:
                 score = function(render, prompts)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 raise UserError(f"--reward {title} failed: {type(error).__name__}: {error}") from error
             got, wanted = getattr(score, "shape", type(score).__name__), render.image.shape[:2]
@@ -854,7 +1000,7 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str, scorer: 
 
 
 def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
-                     scorer: str) -> tuple[Reward, str]:
+                     config: Config) -> tuple[Reward, str]:
     """One reward by name or file.py:function, and its title."""
     if ".py:" in name:
         path, _, function = name.rpartition(":")
@@ -870,15 +1016,28 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
             raise UserError(f"{path} has no function {function!r}; --reward {name} needs "
                             f"def {function}(render, prompts) -> scores (objects, views)")
         return getattr(module, function), name
-    if name == "aesthetic" and scorer == "laion":
-        return LaionAesthetic.pretrained(device), "aesthetic (LAION V2, CLIP ViT-L/14)"
-    rewards = {"aesthetic": (colorfulness, "aesthetic (embedded scorer: colourfulness)"),
-               "hpsv2": (tower_agreement(base.tower), "hpsv2 (embedded scorer: image-text tower)"),
-               "normal": (normal_agreement(base.normals), "normal (embedded scorer: normal estimator)"),
-               "dnc": (depth_normal_consistency, "dnc (depth-normal consistency)")}
-    if name not in rewards:
-        raise UserError(f"there is no reward {name!r}; there are {', '.join(rewards)}, and file.py:function")
-    return rewards[name]
+    if name not in SCORERS:
+        raise UserError(f"there is no reward {name!r}; there are {', '.join(SCORERS)}, and file.py:function")
+    usual = SCORERS[name][0 if config.base == "shapes" else min(1, len(SCORERS[name]) - 1)]
+    scorer = config.scorer if config.scorer in SCORERS[name] else usual
+    if scorer == "embedded" and name in ("hpsv2", "normal") and getattr(base, "tower", None) is None:
+        raise UserError(f"the embedded scorer of {name} belongs to --base shapes; leave --scorer out")
+    place = device, config.checkpoint_scorer
+    agreement = partial(normal_agreement, gradient=config.normal_gradient, angle_mask=config.angle_mask)
+    about, load = {
+        "aesthetic": ("embedded scorer: colourfulness", lambda: colorfulness),
+        "hpsv2": ("embedded scorer: image-text tower", lambda: tower_agreement(base.tower)),
+        "normal": ("embedded scorer: normal estimator", lambda: agreement(base.normals)),
+        "dnc": ("depth-normal consistency",
+                lambda: partial(depth_normal_consistency, angle_mask=config.angle_mask)),
+        "laion": ("LAION V2, CLIP ViT-L/14", lambda: LaionAesthetic.pretrained(*place)),
+        "hps-v2.1": ("HPS v2.1, CLIP ViT-H/14", lambda: HPSv2.pretrained("v2.1", *place)),
+        "hps-v2.0": ("HPS v2.0, CLIP ViT-H/14", lambda: HPSv2.pretrained("v2.0", *place)),
+        "marigold": ("Marigold v1-1, one step", lambda: agreement(MarigoldNormals.pretrained(*place))),
+    }[name if scorer == "embedded" else scorer]
+    about += ", gradient through the estimator" if config.normal_gradient and name == "normal" else ""
+    about += ", angle mask" if config.angle_mask and name in ("normal", "dnc") else ""
+    return load(), f"{name} ({about})"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1276,6 +1435,40 @@ def run_config(folder: str | Path) -> Config:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from None
 
 
+@torch.no_grad()
+def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
+                   config: Config) -> list[str]:
+    """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
+
+    One object each; processes share the work. Scores are saved in the run's folder as they come in, so that
+    an interrupted pass goes on where it was and a resumed run has the same prompts.
+    """
+    if not config.min_quantile:
+        return prompts
+    from tqdm import tqdm
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings = [(name, value) for name, value in vars(config).items() if name not in FREE_ON_RESUME]
+    key = hashlib.sha256(repr((settings, prompts)).encode()).hexdigest()
+    path, scores = Path(config.out, f"checkpoint/prompt_scores-{rank}.json"), {}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        scores = json.loads(path.read_text())[key]
+    different = [*dict.fromkeys(prompts)]
+    mine = range(0, len(different), config.eval_batch)[rank::world]
+    for n in tqdm(mine, "scoring the prompts", leave=False, disable=rank > 0):
+        part, generator = different[n:n + config.eval_batch], seeded(config.seed, n)
+        if part[0] not in scores:
+            x0 = rollout(base, schedule, base.encode(part), null, config.guidance, generator).x[:, -1]
+            score, _ = judge(base, reward, x0, part, config, generator)
+            scores |= zip(part, score.nan_to_num(-math.inf).tolist())
+            write_atomic(path, json.dumps({key: scores}))
+    if world > 1:
+        shares = [scores] * world
+        torch.distributed.all_gather_object(shares, scores)
+        scores = dict(item for share in shares for item in share.items())
+    lowest = {*sorted(different, key=scores.get)[:int(config.min_quantile * len(different))]}
+    return [prompt for prompt in prompts if prompt not in lowest]
+
+
 def describe_run(config: Config, reward: Reward) -> dict:
     """What config.json holds: every setting, and with what and by whom the run was made."""
     names = ("torch", "diffusers", "peft", "triton", "numpy")
@@ -1328,7 +1521,7 @@ def train(config: Config) -> dict:
     digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
     config, state = open_run(config, digest)
     base = load_base(config, config.device)
-    reward = load_reward(config.reward, base, config.device, config.scorer)
+    reward = load_reward(config.reward, base, config.device, config)
     base.encode(prompts + test_prompts)                         # an unknown word is found before any work
     null = base.encode([""])
     features = load_features(base, config.device)
@@ -1342,6 +1535,8 @@ def train(config: Config) -> dict:
         write_atomic(out / "config.json", json.dumps(describe_run(config, reward), indent=1))
         for source in () if state else (HERE / "r2d3.py", *sorted((HERE / "kernels").glob("*.py"))):
             write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
+
+    prompts = filter_prompts(base, reward, schedule, prompts, null, config)
 
     def base_measurement(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
         path = out / f"checkpoint/{name}.pt"
@@ -1688,7 +1883,7 @@ def evaluate(config: Config) -> dict:
     if config.base_only:
         config = dataclasses.replace(config, run=None)
     config, base = load_run(dataclasses.replace(config, samples_per_prompt=config.samples_per_prompt or 32))
-    reward = load_reward(config.reward, base, config.device, config.scorer)
+    reward = load_reward(config.reward, base, config.device, config)
     features = load_features(base, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
