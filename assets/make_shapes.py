@@ -32,7 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3  # noqa: E402
-from assets import report  # noqa: E402
+from assets import report, scorers  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
 SCALE_RANGE, DEPTH_SCALE = (0.002, 0.05), 0.5
@@ -428,10 +428,10 @@ def renamed(parts: list, slot: int, color: str, shape: str) -> str:
     return caption([(part[0], color, shape) if n == slot else part for n, part in enumerate(parts)])
 
 
-def train_tower(work: Path, pictures: dict, steps: int) -> r2d3.ImageTextTower:
+def train_tower(work: Path, pictures: dict, steps: int) -> scorers.ImageTextTower:
     """Contrastive: every picture finds its caption in the batch's, and among its own with one word changed."""
     torch.manual_seed(1)
-    tower = r2d3.ImageTextTower(VOCAB, MAX_LENGTH)
+    tower = scorers.ImageTextTower(r2d3.WordTable(VOCAB, 64, MAX_LENGTH))
     stage = Stage(work, "tower", tower, steps, 2e-3, ema=0.998)
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -464,10 +464,10 @@ def train_tower(work: Path, pictures: dict, steps: int) -> r2d3.ImageTextTower:
     return tower
 
 
-def train_normals(work: Path, pictures: dict, steps: int) -> r2d3.NormalEstimator:
+def train_normals(work: Path, pictures: dict, steps: int) -> scorers.NormalEstimator:
     """Cosine loss on the object's pixels."""
     torch.manual_seed(2)
-    estimator = r2d3.NormalEstimator()
+    estimator = scorers.NormalEstimator()
     stage = Stage(work, "normal", estimator, steps, 2e-3, ema=0.998)
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -483,7 +483,7 @@ def train_normals(work: Path, pictures: dict, steps: int) -> r2d3.NormalEstimato
 
 
 @torch.no_grad()
-def named_right(tower: r2d3.ImageTextTower, pictures: Tensor, every: list) -> float:
+def named_right(tower: scorers.ImageTextTower, pictures: Tensor, every: list) -> float:
     """Share of objects whose colour and shape are the tower's first choice of all 64. pictures (n, V, 3, H, W)."""
     seen = tower.image(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1)
     right = []

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
+from assets import scorers  # noqa: E402
 from r2d3 import Gaussians, Render, seeded  # noqa: E402
 
 VIEWS = torch.tensor([0.0, 90.0, 180.0, 270.0])
@@ -430,18 +431,18 @@ def clip():
     d = data("aesthetic")
     torch.manual_seed(0)  # of the head
     tower = tiny_clip({name: value for name, value in d.items() if name[:3] == "sd."})
-    return r2d3.LaionAesthetic(tower).eval(), d["images_u8"].float() / 255, d
+    return scorers.LaionAesthetic(tower).eval(), d["images_u8"].float() / 255, d
 
 
 def test_aesthetic_preprocessing(clip):
     """Bicubic, not antialiased, CLIP's mean and deviation."""
     _, images, d = clip
     tower = RecordingTower()
-    r2d3.LaionAesthetic(tower).embed(images)
+    scorers.LaionAesthetic(tower).embed(images)
     assert tower.seen.shape == (2, 3, 224, 224)
     assert close(tower.seen[..., :32, :32], d["pixel_values_normalised_crop"], 5e-7)
     smooth = F.interpolate(images, 224, mode="bicubic", antialias=True)  # how most people would do it
-    r2d3.LaionAesthetic(tower).embed(smooth)
+    scorers.LaionAesthetic(tower).embed(smooth)
     assert not close(tower.seen[..., :32, :32], d["pixel_values_normalised_crop"], 1e-3)
 
 
@@ -506,26 +507,26 @@ def no_network(monkeypatch, tmp_path):
 
 def test_aesthetic_without_network(no_network):
     with pytest.raises(r2d3.UserError, match="could not be fetched") as error:
-        r2d3.LaionAesthetic.pretrained("cpu")
+        r2d3.load_reward("aesthetic", None, "cpu", r2d3.Config(scorer="laion"))
     assert "network" in str(error.value) and "\n" not in str(error.value)
     assert not no_network.exists()
 
 
 def test_aesthetic_refuses_another_file(no_network, monkeypatch):
-    head = r2d3.LaionAesthetic(RecordingTower()).layers.state_dict()
+    head = scorers.LaionAesthetic(RecordingTower()).layers.state_dict()
     torch.save({f"layers.{name}": value for name, value in head.items()}, no_network)
     with pytest.raises(r2d3.UserError, match="checksum"):
-        r2d3.LaionAesthetic.pretrained("cpu")
+        r2d3.load_reward("aesthetic", None, "cpu", r2d3.Config(scorer="laion"))
     checksum = hashlib.sha256(no_network.read_bytes()).hexdigest()
-    monkeypatch.setattr(r2d3.LaionAesthetic, "sha256", checksum)  # now it is the published one
-    scorer = r2d3.LaionAesthetic.pretrained("cpu")
+    monkeypatch.setattr(scorers.LaionAesthetic, "sha256", checksum)  # now it is the published one
+    scorer = scorers.LaionAesthetic.pretrained("cpu")
     assert all(torch.equal(scorer.layers.state_dict()[name], value) for name, value in head.items())
     assert not scorer.training and not any(weight.requires_grad for weight in scorer.parameters())
 
 
 def test_aesthetic_checksum_is_the_published_one():
-    assert r2d3.LaionAesthetic.sha256 == "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-    assert r2d3.LaionAesthetic.url.endswith("/" + HEAD)
+    assert scorers.LaionAesthetic.sha256 == "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+    assert scorers.LaionAesthetic.url.endswith("/" + HEAD)
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
+from assets import scorers  # noqa: E402
 from r2d3 import Config, Gaussians, Render, seeded  # noqa: E402
 
 PROMPTS = ["a photo of a red toy robot", "An astronaut, riding a horse; 3D render!"]  # of tests/data/hpsv2
@@ -28,6 +29,7 @@ TINY_CLIP = {"embed_dim": 24,
              "vision_cfg": {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
 PAPER_BASE = Config(base="diffsplat-pixart")
+BASE = SimpleNamespace(tower=object(), normals=lambda images: images)
 
 
 def close(got, want, tolerance):
@@ -59,7 +61,7 @@ def hps():
 def test_hps_preprocessing_is_the_published_one(hps):
     """Measured: 0 (wide pictures, padded) and 0 (square ones). Without antialias or with white bars it is not."""
     clip, d = hps
-    scorer = r2d3.HPSv2(clip)
+    scorer = scorers.HPSv2(clip)
     mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]
                              ).view(2, 3, 1, 1)
     for given, wanted in (("images", "preprocessed"), ("square_images", "square_preprocessed")):
@@ -77,7 +79,7 @@ def test_hps_score_is_the_published_one(hps):
     import open_clip
     clip, d = hps
     assert torch.equal(open_clip.tokenize(PROMPTS), d["tokens"].long())
-    scorer = r2d3.HPSv2(clip)
+    scorer = scorers.HPSv2(clip)
     texts = scorer.encode_text(PROMPTS)
     assert close(texts, d["text_features"], 2e-6)
     images = d["images"][:, None].clone().requires_grad_()      # B = 2, V = 1
@@ -91,7 +93,7 @@ def test_hps_score_is_the_published_one(hps):
 
 def test_hps_takes_all_views_at_once_and_reads_a_prompt_once(hps, monkeypatch):
     clip, d = hps
-    scorer, rows, texts = r2d3.HPSv2(clip), [], []
+    scorer, rows, texts = scorers.HPSv2(clip), [], []
     forward, encode = type(clip.visual).forward, clip.encode_text
     monkeypatch.setattr(type(clip.visual), "forward", lambda self, x: rows.append(len(x)) or forward(self, x))
     monkeypatch.setattr(clip, "encode_text", lambda tokens: texts.append(len(tokens)) or encode(tokens))
@@ -137,12 +139,12 @@ def published(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1"])
 def test_hps_is_loaded_from_its_checkpoint(published, version):
-    scorer = r2d3.HPSv2.pretrained(version, "cpu")
+    scorer = scorers.HPSv2.pretrained(version, "cpu")
     name = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}[version]
     assert published.asked == [("xswu/HPSv2", name), ("ViT-H-14", "fp32", "cpu")]
     assert not scorer.training and not any(weight.requires_grad for weight in scorer.parameters())
     images = torch.rand(2, 1, 3, 40, 40, generator=seeded(1))
-    want = r2d3.HPSv2(published.clip)(render_of(images), PROMPTS)
+    want = scorers.HPSv2(published.clip)(render_of(images), PROMPTS)
     assert close(scorer(render_of(images), PROMPTS), want, 1e-6)
 
 
@@ -154,15 +156,15 @@ def test_hps_that_cannot_be_fetched_says_so(published, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(r2d3.UserError, match="hps-v2.1 could not be fetched.*no route to the hub.*4 GB") as error:
-        r2d3.HPSv2.pretrained("v2.1", "cpu")
+        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
     assert "\n" not in str(error.value)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: str(published.folder / "checkpoint.pt"))
     torch.save({"state_dict": {"visual.proj": torch.zeros(1)}}, published.folder / "checkpoint.pt")
     with pytest.raises(r2d3.UserError, match="could not be fetched or read"):
-        r2d3.HPSv2.pretrained("v2.1", "cpu")
+        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
     monkeypatch.setitem(sys.modules, "hpsv2.utils", None)       # the package is not installed
     with pytest.raises(r2d3.UserError, match="hpsv2.*pip install -r requirements.txt"):
-        r2d3.HPSv2.pretrained("v2.1", "cpu")
+        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
 
 
 def test_the_package_knows_the_checkpoints():
@@ -173,20 +175,20 @@ def test_the_package_knows_the_checkpoints():
 
 def test_half_precision_is_asked_for_on_a_gpu_and_works(published):
     """bf16 weights, pictures and scores in float32. Measured: scores within 3e-3, gradient's cosine 0.9999."""
-    r2d3.load_clip("ViT-H-14", str(published.folder / "checkpoint.pt"), "cuda:1", False)
+    scorers.load_clip("ViT-H-14", str(published.folder / "checkpoint.pt"), "cuda:1", False)
     assert published.asked == [("ViT-H-14", "pure_bf16", "cuda:1")]
     half = published.create("tiny-clip", pretrained=str(published.folder / "checkpoint.pt"), precision="pure_bf16")
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
     images, results = torch.rand(2, 2, 3, 70, 70, generator=seeded(1)), []
     for clip in (published.clip, half):
         images = images.detach().requires_grad_()
-        score = r2d3.HPSv2(clip.eval().requires_grad_(False))(render_of(images), PROMPTS)
+        score = scorers.HPSv2(clip.eval().requires_grad_(False))(render_of(images), PROMPTS)
         assert score.dtype == torch.float32
         results.append((score.detach(), torch.autograd.grad(score.sum(), images)[0]))
     (score, gradient), (half_score, half_gradient) = results
     assert 0 < (score - half_score).abs().max() < 2e-2
     assert F.cosine_similarity(gradient.flatten(), half_gradient.flatten(), dim=0) > 0.99
-    aesthetic = r2d3.LaionAesthetic(half.visual)
+    aesthetic = scorers.LaionAesthetic(half.visual)
     assert aesthetic.embed(images[0]).dtype == torch.float32
 
 
@@ -194,7 +196,7 @@ def test_checkpointing_computes_twice_and_the_same(published):
     """The image tower's blocks run once more in the backward pass; bit for bit the same gradient."""
     calls, gradients = [], []
     for checkpoint in (False, True):
-        scorer = r2d3.HPSv2.pretrained("v2.1", "cpu", checkpoint)
+        scorer = scorers.HPSv2.pretrained("v2.1", "cpu", checkpoint)
         count = []
         scorer.clip.visual.transformer.resblocks[0].register_forward_pre_hook(
             lambda *_, count=count: count.append(1))
@@ -207,20 +209,20 @@ def test_checkpointing_computes_twice_and_the_same(published):
 def test_aesthetic_is_frozen_and_checkpointed_too(published, monkeypatch):
     """Measured without: the same blocks, once. The head is what load_state_dict_from_url brings."""
     import hashlib
-    head = r2d3.LaionAesthetic(published.clip.visual).layers.state_dict()
+    head = scorers.LaionAesthetic(published.clip.visual).layers.state_dict()
     folder = published.folder / "checkpoints"
     folder.mkdir()
-    path = folder / r2d3.LaionAesthetic.url.rsplit("/", 1)[1]
+    path = folder / scorers.LaionAesthetic.url.rsplit("/", 1)[1]
     torch.save({f"layers.{name}": value for name, value in head.items()}, path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(published.folder))
-    monkeypatch.setattr(r2d3.LaionAesthetic, "sha256", hashlib.sha256(path.read_bytes()).hexdigest())
-    created = r2d3.load_clip
-    monkeypatch.setattr(r2d3, "load_clip", lambda name, weights, *rest: created(
+    monkeypatch.setattr(scorers.LaionAesthetic, "sha256", hashlib.sha256(path.read_bytes()).hexdigest())
+    created = scorers.load_clip
+    monkeypatch.setattr(scorers, "load_clip", lambda name, weights, *rest: created(
         name, str(published.folder / "checkpoint.pt"), *rest))
-    scorer = r2d3.LaionAesthetic.pretrained("cpu", checkpoint=True)
+    scorer = scorers.LaionAesthetic.pretrained("cpu", checkpoint=True)
     assert published.asked == [("ViT-L-14-quickgelu", "fp32", "cpu")]
     assert scorer.visual.transformer.grad_checkpointing
-    assert not r2d3.LaionAesthetic.pretrained("cpu").visual.transformer.grad_checkpointing
+    assert not scorers.LaionAesthetic.pretrained("cpu").visual.transformer.grad_checkpointing
     assert not scorer.training and not any(weight.requires_grad for weight in scorer.parameters())
 
 
@@ -258,9 +260,9 @@ def estimator(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("marigold")
     pipeline.to(torch.float16).save_pretrained(folder, variant="fp16")          # as published
     pipeline.to(torch.float32)
-    name, r2d3.MarigoldNormals.name = r2d3.MarigoldNormals.name, str(folder)
-    yield r2d3.MarigoldNormals.pretrained("cpu")
-    r2d3.MarigoldNormals.name = name
+    name, scorers.MarigoldNormals.name = scorers.MarigoldNormals.name, str(folder)
+    yield scorers.MarigoldNormals.pretrained("cpu")
+    scorers.MarigoldNormals.name = name
 
 
 @pytest.mark.parametrize("size", [32, 24, 45])
@@ -269,10 +271,10 @@ def test_marigold_is_the_pipeline(pipeline, estimator, size):
 
     Measured: 6e-7 on average, 3e-5 at most (where bilinear resizing makes a normal short); 0 if neither is frozen.
     """
-    assert r2d3.MarigoldNormals.name != "prs-eth/marigold-normals-v1-1"         # here: the tiny one
+    assert scorers.MarigoldNormals.name != "prs-eth/marigold-normals-v1-1"         # here: the tiny one
     pipeline.set_progress_bar_config(disable=True)
     images = torch.rand(3, 3, size, size, generator=seeded(2))
-    noise = torch.randn(4, 16, 16, generator=seeded(0)).expand(3, 4, 16, 16)
+    noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(3, 4, 16, 16)
     theirs = pipeline(images, num_inference_steps=1, latents=noise.clone(), batch_size=3, output_type="pt")[0]
     ours = estimator(images)
     assert ours.shape == images.shape and close(ours.norm(dim=1), torch.ones(3, size, size), 1e-5)
@@ -300,7 +302,7 @@ def test_marigold_is_frozen_and_differentiable(estimator):
 
 
 def test_marigold_saves_memory_if_asked_and_says_when_it_is_missing(estimator, monkeypatch):
-    cheap = r2d3.MarigoldNormals.pretrained("cpu", checkpoint=True)
+    cheap = scorers.MarigoldNormals.pretrained("cpu", checkpoint=True)
     assert cheap.vae.use_slicing and cheap.unet.is_gradient_checkpointing
     assert cheap.vae.is_gradient_checkpointing
     gradients = []
@@ -308,10 +310,10 @@ def test_marigold_saves_memory_if_asked_and_says_when_it_is_missing(estimator, m
         images = torch.rand(2, 3, 32, 32, generator=seeded(4)).requires_grad_()
         gradients += torch.autograd.grad(model(images)[:, 0].sum(), images)
     assert close(*gradients, 1e-4)
-    monkeypatch.setattr(r2d3.MarigoldNormals, "name", "nowhere/at-all")
+    monkeypatch.setattr(scorers.MarigoldNormals, "name", "nowhere/at-all")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(r2d3.UserError, match="marigold could not be fetched") as error:
-        r2d3.MarigoldNormals.pretrained("cpu")
+        r2d3.load_reward("normal", BASE, "cpu", r2d3.Config(scorer="marigold"))
     assert "\n" not in str(error.value)
 
 
@@ -374,12 +376,12 @@ def test_camera_frames_agree_on_a_sphere():
     """
     got, truth = sphere()
     assert (got.normal[:, :, 2][got.alpha[:, :, 0] > 0.5] < 0).all(), "they face the camera"
-    score = r2d3.normal_agreement(r2d3.MarigoldNormals(ExactMarigold(truth)))(got, [""])
+    score = r2d3.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
     assert score.shape == (1, 2) and (score > 0.995).all(), score
     for axis in range(3):
         wrong = truth.clone()
         wrong[axis] *= -1
-        assert (r2d3.normal_agreement(r2d3.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
+        assert (r2d3.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -450,36 +452,35 @@ def test_angle_mask_is_the_published_one_where_that_is_right(monkeypatch):
 
 
 @pytest.fixture
-def scorers(monkeypatch):
+def asked_for(monkeypatch):
     """The published scorers' loaders, which only write down what they were asked."""
     asked = []
     for kind in ("LaionAesthetic", "HPSv2", "MarigoldNormals"):
         def pretrained(*arguments, kind=kind):
             asked.append((kind, *arguments))
             return lambda render, prompts=None: render.image.mean((2, 3, 4)) if hasattr(render, "image") else render
-        monkeypatch.setattr(getattr(r2d3, kind), "pretrained", pretrained)
+        monkeypatch.setattr(getattr(scorers, kind), "pretrained", pretrained)
     return asked
 
 
-BASE = SimpleNamespace(tower=object(), normals=lambda images: images)
 
 
-def test_the_base_picks_the_scorer(scorers):
+def test_the_base_picks_the_scorer(asked_for):
     load = r2d3.load_reward
     assert load("aesthetic", BASE, "cpu").title == "aesthetic (embedded scorer: colourfulness)"
     assert load("hpsv2", BASE, "cpu").title == "hpsv2 (embedded scorer: image-text tower)"
     assert load("normal", BASE, "cpu").title == "normal (embedded scorer: normal estimator)"
-    assert load("dnc", BASE, "cpu").title == "dnc (depth-normal consistency)" and not scorers
+    assert load("dnc", BASE, "cpu").title == "dnc (depth-normal consistency)" and not asked_for
     bare = SimpleNamespace(tower=None)
     assert load("aesthetic", bare, "cpu", PAPER_BASE).title == "aesthetic (LAION V2, CLIP ViT-L/14)"
     assert load("hpsv2", bare, "cpu", PAPER_BASE).title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
     assert load("normal", bare, "cpu", PAPER_BASE).title == "normal (Marigold v1-1, one step)"
     assert load("dnc", bare, "cpu", PAPER_BASE).title == "dnc (depth-normal consistency)"
-    assert scorers == [("LaionAesthetic", "cpu", False), ("HPSv2", "v2.1", "cpu", False),
+    assert asked_for == [("LaionAesthetic", "cpu", False), ("HPSv2", "v2.1", "cpu", False),
                        ("MarigoldNormals", "cpu", False)]
 
 
-def test_options_pick_the_scorer_and_are_in_the_title(scorers):
+def test_options_pick_the_scorer_and_are_in_the_title(asked_for):
     def load(reward, of=BASE, **options):
         return r2d3.load_reward(reward, of, "cpu", Config(**options))
 
@@ -487,7 +488,7 @@ def test_options_pick_the_scorer_and_are_in_the_title(scorers):
     summed = load("aesthetic=2,normal=0.5,hpsv2", scorer="marigold", checkpoint_scorer=True, angle_mask=True)
     assert summed.title == ("2 x aesthetic (embedded scorer: colourfulness) + 0.5 x normal (Marigold v1-1, one step, "
                             "angle mask) + hpsv2 (embedded scorer: image-text tower)")
-    assert scorers == [("HPSv2", "v2.0", "cpu", False), ("MarigoldNormals", "cpu", True)]
+    assert asked_for == [("HPSv2", "v2.0", "cpu", False), ("MarigoldNormals", "cpu", True)]
     bare = SimpleNamespace(tower=None, normals=None)
     colourful = load("aesthetic", bare, base="diffsplat-pixart", scorer="embedded")
     assert colourful.title == "aesthetic (embedded scorer: colourfulness)"

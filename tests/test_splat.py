@@ -1,11 +1,9 @@
 """kernels.rasterize against a dense float64 formula (every output, every gradient) and the recorded RaDe-GS vectors."""
-import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
