@@ -57,7 +57,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from assets import scorers
+from assets import metrics, published, scorers
+from assets.metrics import METRICS, Features, Measurement
 from kernels import Render, gradient_matching, rasterize
 
 # -----------------------------------------------------------------------------------------------------------
@@ -95,16 +96,19 @@ class Config:
     checkpoint_scorer: bool = False  # a published scorer's activations are computed twice, to save memory
     normal_gradient: bool = False  # of normal, also through the estimator (paper: the estimate is detached)
     angle_mask: bool = False  # normal and dnc only count where the surface is seen at less than 60 degrees
-    base: Literal["shapes"] = "shapes"  # the 3D diffusion model; shapes is embedded, nothing is downloaded
-    weights: str | None = None  # the base's weights if they are elsewhere: for shapes a .safetensors file
-    prompts: str | None = None  # a file, one a line; a prompt; hpdv2:photo; None: prompts/<base>_train.txt
+    base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15"] = "shapes"  # shapes: nothing is downloaded
+    weights: str | None = None  # a folder like DiffSplat's repo (for shapes a file), or random: untrained
+    checkpoint_net: bool = False  # the denoiser's activations are computed twice, to save memory
+    prompts: str | None = None  # a file, one a line; a prompt; hpdv2:photo; None: shapes or objects_train.txt
     min_quantile: float | None = None  # leave out this share, where the base scores lowest; None: by base
-    test_prompts: str | None = None  # never trained on, to measure; None: prompts/<base>_test.txt
+    test_prompts: str | None = None  # never trained on, to measure; None: shapes_test.txt or objects_test.txt
     out: str | None = None  # folder to write to; None: runs/<base>-<reward>-seed<seed>
     run: str | None = None  # for sample and evaluate: the run whose LoRA to use; None: the base as it is
+    lora: str | None = None  # for sample and evaluate: another LoRA, our lora/ or the authors' .safetensors
     resume: bool = False  # go on from the last checkpoint of the run (with more epochs: train longer)
     seed: int = 0  # everything random in a run follows from it
     device: str | None = None  # cpu, cuda, cuda:1, mps; None: cuda where there is one, else cpu
+    dry_run: bool = False  # one epoch, nothing saved: parameters, seconds by phase, memory; less on a CPU
     backend: Literal["auto", "torch", "triton"] = "auto"  # of the kernels; auto: triton on a GPU
 
     epochs: int | None = None  # passes of sampling and training; None: by base
@@ -158,7 +162,7 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
         "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "ddpo": {"epochs": 40, "updates_per_epoch": 4},
     },
-    "paper": {  # its values; "paper": bases to come
+    "paper": {  # the paper's, for its bases
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
              "branch": "guided", "skip_below": 0.0, "views": 4, "view_size": 512, "eval_size": 512,
              "beta": 1e6, "lam": 1e4, "min_quantile": 0.0},
@@ -172,12 +176,13 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
 
 def resolve(config: Config) -> Config:
     """A new Config with the defaults that depend on base and reward filled in; refuses what cannot work."""
-    presets = PRESETS["shapes" if config.base == "shapes" else "paper"]
+    presets = PRESETS.get(config.base, PRESETS["paper"])
     first_reward = config.reward.split(",")[0].split("=")[0]
     usual = presets[""] | presets.get(first_reward, {}) | presets.get(config.method, {})
     name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
-    usual |= {"prompts": str(HERE / f"prompts/{config.base}_train.txt"),
-              "test_prompts": str(HERE / f"prompts/{config.base}_test.txt"),
+    kind = "shapes" if config.base == "shapes" else "objects"
+    usual |= {"prompts": str(HERE / f"prompts/{kind}_train.txt"),
+              "test_prompts": str(HERE / f"prompts/{kind}_test.txt"),
               "samples_per_prompt": 4, "device": "cuda" if torch.cuda.is_available() else "cpu",
               "out": f"runs/{config.base}-{name}{'' if config.method == 'nabla' else '-' + config.method}"
                      f"-seed{config.seed}"}
@@ -509,7 +514,8 @@ class DiffSplat:
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         join_views(self.net, self.views)
-        self.encode, self.guidance, self.betas = encode, guidance, betas
+        self.encode, self.guidance, self.betas, self.image_size = encode, guidance, betas, image_size
+        self.tower = self.normals = None                        # judges, which `shapes` has
         self.prediction_type, self.scale_range, self.depth_scale = prediction_type, scale_range, depth_scale
         channels = vae.config.latent_channels
         size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -530,7 +536,7 @@ class DiffSplat:
         rows = torch.cat([x, self.plucker.expand(B, -1, -1, -1, -1)], 2).flatten(0, 1).to(dtype)
         embeds = cond.embeds.to(self.device, dtype).repeat_interleave(V, 0)  # ((b v), L, D)
         mask = None if cond.mask is None else cond.mask.to(self.device).repeat_interleave(V, 0)
-        extra = {"resolution": None, "aspect_ratio": None}      # sizes, which PixArt-Sigma does not use
+        extra = {"resolution": None, "aspect_ratio": None}      # sizes, which neither network uses
         out = self.net(rows, encoder_hidden_states=embeds, timestep=t.repeat_interleave(V), return_dict=False,
                        encoder_attention_mask=mask, added_cond_kwargs=extra)[0]
         out = out[:, :C].unflatten(0, (B, V)).float()           # PixArt's second half is an unused variance
@@ -541,8 +547,15 @@ class DiffSplat:
 
     def decode(self, x0: Tensor) -> Gaussians:
         """Clean latents (B, V, C, h, w) -> B V H W splats, differentiable."""
+        def decode(z: Tensor) -> Tensor:
+            return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+
         z = (x0 * self.latent_std + self.latent_mean).flatten(0, 1)
-        grid = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+        if self.image_size > 64:        # an object at a time; activations are computed again for gradients
+            from torch.utils.checkpoint import checkpoint
+            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(self.views)])
+        else:
+            grid = decode(z)
         B = x0.shape[0]
         return splat_grid_to_gaussians(grid.unflatten(0, (B, -1)), self.c2w.expand(B, -1, -1, -1),
                                        self.fxfycxcy.expand(B, -1, -1), self.scale_range, self.depth_scale)
@@ -579,6 +592,45 @@ class WordTable(nn.Module):
 
 def load_base(config: Config, device: torch.device | str) -> DiffSplat:
     """The base that `config.base` names, frozen, on `device`. `shapes` has judges too: .tower, .normals."""
+    base = load_shapes(config, device) if config.base == "shapes" else load_diffsplat(config, device)
+    if config.checkpoint_net:
+        base.net.enable_gradient_checkpointing()
+    return base
+
+
+def load_diffsplat(config: Config, device: torch.device | str) -> DiffSplat:
+    """DiffSplat on PixArt-Sigma or SD1.5 (assets/published.py); bf16 on a GPU.
+
+    The text encoder is loaded when prompts are first encoded, and is gone afterwards.
+    """
+    about, untrained, root = published.PUBLISHED[config.base], config.weights == "random", None
+    try:
+        if not untrained:
+            root = Path(config.weights) if config.weights else published.download(config.base)
+        net, vae = published.random(config.base) if untrained else published.load(config.base, root)
+    except OSError as error:
+        raise UserError(f"the weights of {config.base} are not here and could not be fetched "
+                        f"({type(error).__name__}): about {about['download']}, once, or --weights DIR\n"
+                        "      leave out --base to run now, with the embedded base") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    encoder = published.random_text(config.base) if untrained else published.TextEncoder(
+        config.base, root if config.weights else None, device, write_atomic)
+
+    def encode(prompts: list[str]) -> Cond:
+        with fetching(f"the text encoder of {config.base}", f"about {about['download']} with the weights"):
+            return Cond(*encoder(prompts))
+
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return DiffSplat(net.to(dtype), vae.to(dtype), encode, image_size=min(256, vae.config.sample_size),
+                     prediction_type="epsilon", guidance=7.5, betas=about["betas"], device=device,
+                     latent_mean=torch.tensor(shift), latent_std=torch.tensor(1 / vae.config.scaling_factor),
+                     scale_range=(0.0005, 0.02), depth_scale=1.0, half_image_shift=True)
+
+
+def load_shapes(config: Config, device: torch.device | str) -> DiffSplat:
+    """The embedded base (assets/shapes.safetensors)."""
     from diffusers import AutoencoderKL, PixArtTransformer2DModel
     path = Path(config.weights or HERE / "assets/shapes.safetensors")
     state, about = load_weights(path)
@@ -660,6 +712,26 @@ def load_prompts(spec: str) -> list[str]:
     if spec.endswith(".txt") or os.path.isdir(spec) or one_word and (Path(spec).suffix or os.sep in spec):
         raise UserError(f"there is no prompt file {spec}")
     return [spec.strip()]
+
+
+def load_lora(net: nn.Module, path: Path) -> nn.Module:
+    """The network with a saved LoRA of scale 1: a run's lora/ folder, or what Nabla-R2D3's code saved."""
+    from peft import set_peft_model_state_dict
+    files = [path] if path.is_file() else [file for name in ("adapter_model", "pytorch_lora_weights")
+                                           if (file := path / f"{name}.safetensors").is_file()]
+    if not files:
+        raise UserError(f"there is no LoRA in {path}: no adapter_model or pytorch_lora_weights.safetensors")
+    weights = {"base_model.model." + re.sub(r"^(base_model\.model|unet)\.", "", name): value
+               for name, value in load_weights(files[0])[0].items()}
+    ranks = {value.shape[0] for name, value in weights.items() if "lora_A" in name}
+    try:
+        net = add_lora(net, ranks.pop(), 0)
+        unknown = set_peft_model_state_dict(net, weights).unexpected_keys
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{files[0]} does not fit this base ({' '.join(str(error).split())[:150]})") from None
+    if unknown:
+        raise UserError(f"{files[0]} does not fit this base: it has no {unknown[0]}")
+    return net
 
 
 def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
@@ -829,7 +901,7 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
     scorer = config.scorer if config.scorer in SCORERS[name] else usual
     if scorer == "embedded" and name in ("hpsv2", "normal") and getattr(base, "tower", None) is None:
         raise UserError(f"the embedded scorer of {name} belongs to --base shapes; leave --scorer out")
-    place = device, config.checkpoint_scorer
+    place = device, config.checkpoint_scorer, config.weights == "random"
     agreement = partial(normal_agreement, gradient=config.normal_gradient, angle_mask=config.angle_mask)
     about, load = {
         "aesthetic": ("embedded scorer: colourfulness", lambda: colorfulness),
@@ -840,9 +912,11 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
         "laion": ("LAION V2, CLIP ViT-L/14", lambda: scorers.LaionAesthetic.pretrained(*place)),
         "hps-v2.1": ("HPS v2.1, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.1", *place)),
         "hps-v2.0": ("HPS v2.0, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.0", *place)),
-        "marigold": ("Marigold v1-1, one step", lambda: agreement(scorers.MarigoldNormals.pretrained(*place))),
+        "marigold": ("Marigold v1-1, one step",
+                     lambda: agreement(scorers.MarigoldNormals.pretrained(*place))),
     }[name if scorer == "embedded" else scorer]
     about += ", gradient through the estimator" if config.normal_gradient and name == "normal" else ""
+    about += ", random weights" if scorer != "embedded" and config.weights == "random" else ""
     about += ", angle mask" if config.angle_mask and name in ("normal", "dnc") else ""
     with fetching(f"the scorer {scorer}", {"laion": "0.9 GB", "marigold": "2.6 GB"}.get(scorer, "4 GB")):
         return load(), f"{name} ({about})"
@@ -1112,7 +1186,8 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(0, B, len(prompts))])
     chosen = [prompts[n] for n in order[:B]]
     cond = base.encode(chosen)
-    trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
+    with phase("rollout", config):
+        trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
     with torch.no_grad():                   # for the log and for DDPO: what the samples themselves score
         score, pictures = judge(base, reward, trajectory.x[:, -1], chosen, config, generator)
     sampled = {"reward": score.mean().item(), "coverage": pictures.alpha.mean().item()}
@@ -1147,18 +1222,21 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 if key not in gradients:
                     some, g, score = heard[i], torch.zeros_like(batch.x_s), torch.zeros(len(part))
                     if some.any():
-                        g[some], judgement = reward_gradient(base, reward, schedule, gather(part[some]), null,
-                                                             config, generator)
+                        with phase("reward gradient", config):
+                            g[some], judgement = reward_gradient(base, reward, schedule, gather(part[some]),
+                                                                 null, config, generator)
                         score[some] = judgement.cpu()
                     judged += int(some.sum())
                     gradients[key] = g, score
                 g, score = gradients[key]
-                match, reg = nabla_loss(base, schedule, batch, null, g, config)
+                with phase("matching", config):
+                    match, reg = nabla_loss(base, schedule, batch, null, g, config)
                 values = {"loss": match + config.lam * reg, "match": match, "reg": reg, "reward": score,
                           "reward_gradient": g.square().flatten(1).mean(1).sqrt()}
             else:
                 judged += 0 if ddpo else len(part)
-                loss = BASELINES[config.method](base, reward, schedule, batch, null, config, generator)
+                with phase("loss", config):
+                    loss = BASELINES[config.method](base, reward, schedule, batch, null, config, generator)
                 values = {"loss": loss}
             for name, value in values.items():
                 if not value.isfinite().all():
@@ -1166,7 +1244,8 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                     stop_diverged(where, epoch, number, config)
                 if name != "reward":
                     totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
-            (values["loss"].sum() / len(share)).backward()
+            with phase("backward", config):
+                (values["loss"].sum() / len(share)).backward()
         if world > 1:
             for weight in weights:
                 torch.distributed.all_reduce(weight.grad)
@@ -1180,6 +1259,51 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
         optimizer.zero_grad()
         yield {"epoch": epoch, **sampled, "judged": judged * world, **totals, "grad_norm": norm.item()}
         judged = 0
+
+
+SECONDS: dict[str, float] = {}      # by phase of train_epoch, with --dry-run
+
+
+@contextlib.contextmanager
+def phase(name: str, config: Config) -> Iterator[None]:
+    """Adds the time that its body takes to SECONDS, in a dry run; else does nothing."""
+    def now() -> float:
+        if config.dry_run and torch.device(config.device).type == "cuda":
+            torch.cuda.synchronize(config.device)
+        return time.perf_counter()
+
+    begun = now()
+    yield
+    if config.dry_run:
+        SECONDS[name] = SECONDS.get(name, 0) + now() - begun
+
+
+def dry_run(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
+            config: Config) -> dict:
+    """One epoch of `train_epoch`, and what it cost; of big bases on a CPU one object and one transition."""
+    on_gpu = torch.device(config.device).type == "cuda"
+    if not on_gpu and config.base != "shapes":
+        config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1)
+    base.net = add_lora(base.net, config.lora_rank, config.seed)
+    trained = [weight for weight in base.net.parameters() if weight.requires_grad]
+    SECONDS.clear()
+    begun, optimizer = time.perf_counter(), torch.optim.AdamW(trained, lr=config.lr)
+    rows = list(train_epoch(base, reward, schedule, prompts, null, optimizer, config, 0, 0, 1, {}))
+    result = {"device": torch.cuda.get_device_name() if on_gpu else "CPU", "objects": config.batch_size,
+              "updates": len(rows), "judged": sum(row["judged"] for row in rows),
+              "parameters": {"denoiser": sum(weight.numel() for weight in base.net.parameters()),
+                             "VAE": sum(weight.numel() for weight in base.vae.parameters()),
+                             "LoRA, trained": sum(weight.numel() for weight in trained)},
+              "seconds": SECONDS | {"all": time.perf_counter() - begun},
+              "peak_GB": (torch.cuda.max_memory_allocated() if on_gpu else peak_memory()) / 1e9}
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has had at most."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
@@ -1327,21 +1451,24 @@ def train(config: Config) -> dict:
     config, rank, world = start_processes(resolve(config))
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
-    config, state = open_run(config, digest)
+    config, state = (config, None) if config.dry_run else open_run(config, digest)
     base = load_base(config, config.device)
     reward = load_reward(config.reward, base, config.device, config)
     base.encode(prompts + test_prompts)                         # an unknown word is found before any work
     null = base.encode([""])
-    features = load_features(base, config.device)
+    with fetching("the networks that measure", "0.6 GB"):
+        features = metrics.load_features(base.tower, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
     reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])  # cannot be trained? found before work
+    if config.dry_run:
+        return dry_run(base, reward, schedule, prompts, null, config)
     out, quiet = Path(config.out), rank > 0
     if not quiet:
         print_plan(config, reward, len(prompts), len(test_prompts), world, state)
         write_atomic(out / "config.json", json.dumps(describe_run(config, reward), indent=1))
-        for name in () if state else ("r2d3.py", "kernels/*.py", "assets/report.py", "assets/scorers.py"):
+        for name in () if state else ("r2d3.py", "kernels/*.py", "assets/*.py"):
             for source in HERE.glob(name):
                 write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
 
@@ -1416,69 +1543,6 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
 # -----------------------------------------------------------------------------------------------------------
 
 
-class Features(NamedTuple):
-    """What evaluations see with. The first two share a space; the functions of pictures take (N, 3, H, W)."""
-
-    title: str
-    image: Callable[[Tensor], Tensor]       # -> (N, D), unit length: alignment and retrieval
-    text: Callable[[list[str]], Tensor]     # prompts -> (P, D), unit length
-    diversity: Callable[[Tensor], Tensor]   # -> (N, D'), unit length
-    fid: Callable[[Tensor], Tensor]         # -> (N, D'')
-
-
-def load_features(base: DiffSplat, device: torch.device | str) -> Features:
-    """The embedded tower for `shapes`; else CLIP ViT-B/32, and DreamSim and Inception where installed."""
-    if base.tower:
-        tower = base.tower
-        return Features("the embedded image-text tower", tower.image, tower.text, tower.image, tower.image)
-    import open_clip
-    try:
-        clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained="openai").to(device).eval()
-        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in
-                     (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-
-        def image(pictures: Tensor) -> Tensor:
-            small = F.interpolate(pictures, clip.visual.image_size, mode="bicubic", antialias=True)
-            return F.normalize(clip.encode_image((small.clamp(0, 1) - mean) / std), dim=-1)
-
-        def text(prompts: list[str]) -> Tensor:
-            return F.normalize(clip.encode_text(open_clip.tokenize(prompts).to(device)), dim=-1)
-
-        title, diverse, fid = "CLIP ViT-B/32", image, image
-        if importlib.util.find_spec("dreamsim"):
-            from dreamsim import dreamsim
-            model, _ = dreamsim(pretrained=True, device=str(device))
-            title += ", DreamSim (diversity)"
-
-            def diverse(pictures: Tensor) -> Tensor:
-                return F.normalize(model.embed(F.interpolate(pictures, (224, 224), mode="bicubic")), dim=-1)
-
-        if importlib.util.find_spec("pytorch_fid"):
-            from pytorch_fid.inception import InceptionV3
-            inception = InceptionV3([3]).to(device).eval()
-            title += ", Inception (FID)"
-
-            def fid(pictures: Tensor) -> Tensor:
-                return inception(pictures)[0].flatten(1)
-    except Exception as error:
-        raise UserError(f"the models that measure could not be fetched ({type(error).__name__}); "
-                        "a network is needed once") from None
-    return Features(title, image, text, diverse, fid)
-
-
-class Measurement(NamedTuple):
-    """P prompts x S objects each, seen from the four input cameras."""
-
-    reward: Tensor         # (P, S)
-    alignment: Tensor      # (P, S) cosine of the object's pictures and its prompt
-    retrieved: Tensor      # (P, S) 1 where its own prompt is the closest of all P (R@1)
-    coverage: Tensor       # (P, S) mean alpha: the share of the picture that the object covers
-    dnc: Tensor            # (P, S) depth-normal consistency
-    features: Tensor       # (P, S, V, D) of the pictures, unit length
-    fid_features: Tensor   # (P, S, V, D)
-    latents: Tensor        # (P, S, *latent)
-
-
 @torch.no_grad()
 def measure(base: DiffSplat, reward: Reward, features: Features, schedule: NoiseSchedule, prompts: list[str],
             config: Config, seed: int, label: str) -> Measurement:
@@ -1512,68 +1576,12 @@ def measure(base: DiffSplat, reward: Reward, features: Features, schedule: Noise
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
 
 
-def diversity(features: Tensor) -> Tensor:
-    """(P, S, V, D) -> (P,): mean 1 - cosine of two objects of one prompt in one view; 0 if S = 1."""
-    S = features.shape[1]
-    apart = 1 - torch.einsum("psvd,ptvd->pvst", features, features)
-    return apart.sum((-2, -1)).mean(1) / max(S * (S - 1), 1)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
-    """FID's distance of the Gaussians fitted to two sets of features (n, D); double precision.
-
-    With centred features A, B / sqrt(n - 1), the trace of the square root of the covariances' product is the
-    sum of the singular values of A B^T; of A and B their R factors suffice.
-    """
-    a, b = a.double(), b.double()
-    A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
-    cross = torch.linalg.svdvals(torch.linalg.qr(A, mode="r").R @ torch.linalg.qr(B, mode="r").R.T).sum()
-    return (a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross
-
-
-def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
-    """Each metric before and after, its change, and 95% intervals by a bootstrap over prompts.
-
-    "ci95" is that of the change. fid_to_base compares with a second draw of the base (`reference`): "before"
-    is the noise floor, not 0.
-    """
-    P, generator = len(before.reward), seeded(0)
-    draws = torch.randint(P, (1000, P), generator=generator)
-
-    def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor) -> dict:
-        change, changes = (new - old).item(), new_draws - old_draws
-        error, ends = changes.std().item(), torch.tensor([0.025, 0.975], dtype=changes.dtype)
-        return {"before": old.item(), "after": new.item(), "after_ci95": new_draws.quantile(ends).tolist(),
-                "change": change, "ci95": changes.quantile(ends).tolist(),
-                "standard_errors": change / error if error > 1e-9 else 0.0}
-
-    result = {}
-    for name in ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity"):
-        old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1)
-                    for m in (before, after))
-        result[name] = entry(old.mean(), new.mean(), old[draws].mean(1), new[draws].mean(1))
-
-    def fid(measured: Measurement, rows: Tensor) -> Tensor:
-        return frechet_distance(*(m.fid_features[rows].flatten(0, 2) for m in (measured, reference)))
-
-    every = torch.arange(P)
-    resampled = (torch.stack([fid(measured, rows) for rows in draws[:100]]) for measured in (before, after))
-    result["fid_to_base"] = entry(fid(before, every), fid(after, every), *resampled)
-    result["fid_to_base"]["images"] = before.reward.numel() * before.features.shape[2]
-    return result
-
-
 def summarise(before: Measurement, after: Measurement, reference: Measurement, features: Features,
               started: float) -> dict:
     """`compare`, and how it was measured."""
     P, S = before.reward.shape
     return {"prompts": P, "samples_per_prompt": S, "features": features.title,
-            **compare(before, after, reference), "seconds": time.perf_counter() - started}
-
-
-METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
-           "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",
-           "fid_to_base": "FID to the base"}
+            **metrics.compare(before, after, reference), "seconds": time.perf_counter() - started}
 
 
 def print_summary(summary: dict) -> None:
@@ -1639,18 +1647,13 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
 
 
 def load_run(config: Config) -> tuple[Config, DiffSplat]:
-    """The base, with the LoRA of `config.run` on it if that is set."""
+    """The base, with the LoRA of `config.run` or `config.lora` on it if that is set."""
     config = resolve(config)
     base = load_base(config, config.device)
-    if config.run is not None:
-        from peft import PeftModel
-        folder = Path(config.run) / "lora"
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
-        try:
-            base.net = PeftModel.from_pretrained(base.net, str(folder)).to(base.device).eval()
-        except Exception as error:
-            raise UserError(f"{folder} cannot be read ({type(error).__name__}); is it whole?") from None
+    if config.run and not (Path(config.run) / "lora/adapter_model.safetensors").is_file():
+        raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
+    if config.lora or config.run:
+        base.net = load_lora(base.net, Path(config.lora or f"{config.run}/lora")).to(base.device).eval()
     return config, base
 
 
@@ -1690,19 +1693,22 @@ def evaluate(config: Config) -> dict:
     """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
     started, given = time.perf_counter(), config.out
     if config.base_only:
-        config = dataclasses.replace(config, run=None)
+        config = dataclasses.replace(config, run=None, lora=None)
     config, base = load_run(dataclasses.replace(config, samples_per_prompt=config.samples_per_prompt or 32))
     reward = load_reward(config.reward, base, config.device, config)
-    features = load_features(base, config.device)
+    with fetching("the networks that measure", "0.6 GB"):
+        features = metrics.load_features(base.tower, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     prompts = load_prompts(config.test_prompts)
     common = base, reward, features, schedule, prompts, config
-    after = measure(*common, config.seed, "the run" if config.run else "the base")
-    with base.net.disable_adapter() if config.run else contextlib.nullcontext():
-        before = measure(*common, config.seed, "the base") if config.run else after
+    tuned = bool(config.run or config.lora)
+    after = measure(*common, config.seed, "the fine-tuned model" if tuned else "the base")
+    with base.net.disable_adapter() if tuned else contextlib.nullcontext():
+        before = measure(*common, config.seed, "the base") if tuned else after
         other = measure(*common, config.seed + 1, "the base once more, for FID")
-    summary = {"scorer": reward.title, "base": config.base, "run": config.run, "seed": config.seed,
+    summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
+               "seed": config.seed,
                **summarise(before, after, other, features, started)}
     out = Path(given) if given else Path(config.run or f"runs/{config.base}") / "evaluation"
     write_report(base, prompts, before, after, [], summary, config, out)

@@ -32,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3
+from assets import metrics
 
 METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "coverage": "coverage", "dnc": "dnc",
            "diversity": "diversity", "fid_to_base": "FID to the base"}
@@ -103,22 +104,22 @@ class World:
         self.config = dataclasses.replace(self.config, guidance=self.base.guidance)
         self.reward = r2d3.load_reward(reward, self.base, self.config.device)
         self.schedule = r2d3.NoiseSchedule.from_diffusers(self.config.sampler, self.config.steps, **self.base.betas)
-        self.features = r2d3.load_features(self.base, self.config.device)
+        self.features = metrics.load_features(self.base.tower, self.config.device)
         self.prompts = r2d3.load_prompts(self.config.prompts)
         self.test_prompts = r2d3.load_prompts(self.config.test_prompts)
         self.null = self.base.encode([""])
         self.net = self.base.net
         self.before, self.reference = (self.measure_base(seed, work) for seed in (0, 1))
 
-    def measure_base(self, seed: int, work: Path) -> r2d3.Measurement:
+    def measure_base(self, seed: int, work: Path) -> metrics.Measurement:
         path = work / f"base-{self.config.reward}-{self.config.samples_per_prompt}-{seed}.pt"
         if path.is_file():
-            return r2d3.Measurement(**torch.load(path, weights_only=True))
+            return metrics.Measurement(**torch.load(path, weights_only=True))
         measured = self.measure(seed)
         r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(measured._asdict(), file)))
         return measured
 
-    def measure(self, seed: int) -> r2d3.Measurement:
+    def measure(self, seed: int) -> metrics.Measurement:
         return r2d3.measure(self.base, self.reward, self.features, self.schedule, self.test_prompts, self.config, seed, "")
 
 
@@ -169,7 +170,7 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
                 append(rows, row | {"diverged": diverged})
                 return
             after = world.measure(0)
-            result = r2d3.compare(world.before, after, world.reference)
+            result = metrics.compare(world.before, after, world.reference)
             append(rows, row | {name: result[name] for name in METRICS})
             lora = get_peft_model_state_dict(world.base.net)
             saved = state | {"lora": lora, "optimizer": optimizer.state_dict()}

@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def load_clip(name: str, weights: str, device: torch.device | str, checkpoint: bool) -> nn.Module:
-    """open_clip's CLIP, in bf16 on a GPU; `checkpoint`: activations are computed twice instead of kept."""
+def load_clip(name: str, weights: str | None, device: torch.device | str, checkpoint: bool) -> nn.Module:
+    """open_clip's CLIP, in bf16 on a GPU; `checkpoint`: activations are computed twice instead of kept.
+
+    Without weights it is untrained, as `untrained` below makes the scorers: to measure speed and memory.
+    """
     import open_clip
     precision = "pure_bf16" if torch.device(device).type == "cuda" else "fp32"
     clip = open_clip.create_model(name, pretrained=weights, precision=precision, device=device)
@@ -53,8 +56,11 @@ class LaionAesthetic(nn.Module):
         self.layers = nn.Sequential(OrderedDict((name, nn.Linear(*size)) for name, size in sizes.items()))
 
     @classmethod
-    def pretrained(cls, device: torch.device | str, checkpoint: bool = False) -> LaionAesthetic:
+    def pretrained(cls, device: torch.device | str, checkpoint: bool = False, untrained: bool = False) -> LaionAesthetic:
         """The published weights, fetched on first use (CLIP through open_clip, the head is 3.7 MB)."""
+        if untrained:
+            clip = load_clip("ViT-L-14-quickgelu", None, device, checkpoint)
+            return cls(clip.visual).to(device).eval().requires_grad_(False)
         head = torch.hub.load_state_dict_from_url(cls.url, map_location="cpu", weights_only=True)
         path = Path(torch.hub.get_dir()) / "checkpoints" / cls.url.rsplit("/", 1)[1]
         if hashlib.sha256(path.read_bytes()).hexdigest() != cls.sha256:
@@ -84,11 +90,14 @@ class HPSv2(nn.Module):
         self.clip, self.texts = clip, {}        # texts: prompt -> (D,), encoded once
 
     @classmethod
-    def pretrained(cls, version: str, device: torch.device | str, checkpoint: bool = False) -> HPSv2:
+    def pretrained(cls, version: str, device: torch.device | str, checkpoint: bool = False,
+                   untrained: bool = False) -> HPSv2:
         """The published weights of "v2.1" or "v2.0", fetched from the Hugging Face hub on first use."""
-        from hpsv2.utils import hps_version_map
-        from huggingface_hub import hf_hub_download
-        path = hf_hub_download("xswu/HPSv2", hps_version_map[version])
+        path = None
+        if not untrained:
+            from hpsv2.utils import hps_version_map
+            from huggingface_hub import hf_hub_download
+            path = hf_hub_download("xswu/HPSv2", hps_version_map[version])
         return cls(load_clip("ViT-H-14", path, device, checkpoint)).eval().requires_grad_(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -131,8 +140,10 @@ class MarigoldNormals(nn.Module):
         self.register_buffer("text", pipeline.text_encoder(no_words)[0].detach())   # (1, 2, D)
 
     @classmethod
-    def pretrained(cls, device: torch.device | str, checkpoint: bool = False) -> MarigoldNormals:
+    def pretrained(cls, device: torch.device | str, checkpoint: bool = False, untrained: bool = False) -> MarigoldNormals:
         """The published weights, fetched from the Hugging Face hub on first use; bf16 on a GPU."""
+        if untrained:
+            raise ValueError("marigold is not available untrained; take another reward with --weights random")
         from diffusers import MarigoldNormalsPipeline
         model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16").to(torch.float32))
         if checkpoint:

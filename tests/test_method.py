@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
+from assets import metrics  # noqa: E402
 from r2d3 import Cond, Gaussians, NoiseSchedule, Render, Transitions, seeded  # noqa: E402
 
 SAMPLERS = [(sampler, steps) for sampler in ("dpm", "ddim") for steps in (1, 2, 5, 20, 50)]
@@ -718,10 +719,10 @@ def test_diversity():
         pairs = [1 - features[p, a, v] @ features[p, b, v] for a in range(4) for b in range(4) if a != b
                  for v in range(2)]
         want[p] = sum(pairs) / len(pairs)
-    assert close(r2d3.diversity(features), want)
-    assert r2d3.diversity(features[:, :1].expand(3, 4, 2, 5)).abs().max() < 1e-12  # all are the same object
-    assert close(r2d3.diversity(torch.eye(4)[None, :, None]), torch.ones(1), 1e-6)  # with nothing in common
-    assert r2d3.diversity(features[:, :1]).abs().max() < 1e-12  # there is only one
+    assert close(metrics.diversity(features), want)
+    assert metrics.diversity(features[:, :1].expand(3, 4, 2, 5)).abs().max() < 1e-12  # all are the same object
+    assert close(metrics.diversity(torch.eye(4)[None, :, None]), torch.ones(1), 1e-6)  # with nothing in common
+    assert metrics.diversity(features[:, :1]).abs().max() < 1e-12  # there is only one
 
 
 def with_moments(mean, covariance, seed):
@@ -739,43 +740,43 @@ def test_frechet_distance():
     a, b = with_moments(a_mean, A, 0), with_moments(b_mean, B, 1)
     root = ((A @ B).trace() + 2 * (A.det() * B.det()).sqrt()).sqrt()
     want = (a_mean - b_mean).square().sum() + A.trace() + B.trace() - 2 * root
-    assert close(r2d3.frechet_distance(a, b), want) and close(r2d3.frechet_distance(b, a), want)
-    assert not close(r2d3.frechet_distance(a, 1.05 * b), want, 1e-2)
+    assert close(metrics.frechet_distance(a, b), want) and close(metrics.frechet_distance(b, a), want)
+    assert not close(metrics.frechet_distance(a, 1.05 * b), want, 1e-2)
     diagonal = [torch.tensor(values).double() for values in ([4.0, 1.0, 0.25, 9.0], [1.0, 1.0, 4.0, 4.0])]
     zero = torch.zeros(4).double()
     a, b = (with_moments(zero, variances.diag(), 2 + n) for n, variances in enumerate(diagonal))
     want = (diagonal[0].sqrt() - diagonal[1].sqrt()).square().sum()  # 1 + 0 + 2.25 + 1
-    assert close(r2d3.frechet_distance(a, b), want) and want == 4.25
-    assert r2d3.frechet_distance(a, a).abs() < 1e-9
-    assert close(r2d3.frechet_distance(a, a + 1), torch.tensor(4.0).double())
-    assert close(r2d3.frechet_distance(a.float(), b.float()), want, 1e-5)
+    assert close(metrics.frechet_distance(a, b), want) and want == 4.25
+    assert metrics.frechet_distance(a, a).abs() < 1e-9
+    assert close(metrics.frechet_distance(a, a + 1), torch.tensor(4.0).double())
+    assert close(metrics.frechet_distance(a.float(), b.float()), want, 1e-5)
     few, other = randn(5, 12, seed=8), randn(6, 12, seed=9)  # fewer than dimensions: scipy's matrix square root
     from scipy.linalg import sqrtm
     root = torch.from_numpy(sqrtm((few.T.cov() @ other.T.cov()).numpy()).real).trace()
     want = (few.mean(0) - other.mean(0)).square().sum() + few.T.cov().trace() + other.T.cov().trace() - 2 * root
-    assert close(r2d3.frechet_distance(few, other), want, 1e-5)
+    assert close(metrics.frechet_distance(few, other), want, 1e-5)
     flat = torch.cat([a, a[:, :1]], 1)  # a covariance without full rank
-    assert r2d3.frechet_distance(flat, flat).abs() < 1e-6
+    assert metrics.frechet_distance(flat, flat).abs() < 1e-6
 
 
 def measurement(reward, features):
     other = reward.new_zeros(reward.shape)
-    return r2d3.Measurement(reward, other + 0.5, other, other + 0.3, other + 0.9, features, 2 * features, None)
+    return metrics.Measurement(reward, other + 0.5, other, other + 0.3, other + 0.9, features, 2 * features, None)
 
 
 def test_compare_says_what_changed():
     P, S, V = 12, 4, 2
     features = [F.normalize(randn(P, S, V, 3, seed=n), dim=-1).float() for n in range(3)]
     before, after = randn(P, S, seed=3).float(), randn(P, S, seed=4).float() + 1
-    result = r2d3.compare(measurement(before, features[0]), measurement(after, features[1]),
+    result = metrics.compare(measurement(before, features[0]), measurement(after, features[1]),
                           measurement(before, features[2]))
-    assert set(result) == set(r2d3.METRICS)
+    assert set(result) == set(metrics.METRICS)
     reward, diversity, fid = (result[name] for name in ("reward", "diversity", "fid_to_base"))
     assert reward["before"] == pytest.approx(before.mean().item(), rel=1e-5)
     assert reward["after"] == pytest.approx(after.mean().item(), rel=1e-5)
-    assert diversity["after"] == pytest.approx(r2d3.diversity(features[1]).mean().item(), rel=1e-5)
+    assert diversity["after"] == pytest.approx(metrics.diversity(features[1]).mean().item(), rel=1e-5)
     for name, shown in (("before", features[0]), ("after", features[1])):
-        want = r2d3.frechet_distance(2 * shown.flatten(0, 2), 2 * features[2].flatten(0, 2))
+        want = metrics.frechet_distance(2 * shown.flatten(0, 2), 2 * features[2].flatten(0, 2))
         assert fid[name] == pytest.approx(want.item(), rel=1e-6)
     assert fid["images"] == P * S * V
     for row in result.values():
@@ -797,7 +798,7 @@ def test_interval_covers_the_true_change():
         prompt, noise = randn(P, 1, seed=1000 + seed), randn(2, P, S, seed=2000 + seed)
         change = 0.5 + 0.5 * randn(P, 1, seed=3000 + seed)
         before, after = (prompt + noise[0]).float(), (prompt + change + noise[1]).float()
-        low, high = r2d3.compare(measurement(before, features), measurement(after, features),
+        low, high = metrics.compare(measurement(before, features), measurement(after, features),
                                  measurement(before, features))["reward"]["ci95"]
         held += low < 0.5 < high
     assert 88 <= held <= 98, held  # binomial: 95 +- 2.2, a little less for the 30 prompts

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
+from assets import metrics  # noqa: E402
 
 TINY = r2d3.Config(epochs=2, batch_size=4, steps=6, views=2, view_size=24, eval_size=32, samples_per_prompt=1,
                    updates_per_epoch=2, eval_batch=8)
@@ -238,7 +239,7 @@ def test_evaluate_a_run_and_the_base(two_epochs, prompt_files):
     out, summary = two_epochs
     row = out / "rows/all.jsonl"
     again = r2d3.evaluate(dataclasses.replace(r2d3.run_config(out), out=None, row=str(row)))
-    for name in r2d3.METRICS:
+    for name in metrics.METRICS:
         assert again[name]["before"] == pytest.approx(summary[name]["before"], rel=1e-4)
     assert {"summary.json", "report.html", "samples/before_after.png", "samples/turntable.gif"} == files(out / "evaluation")
     assert json.loads((out / "evaluation/summary.json").read_text()) == json.loads(row.read_text()) == again
@@ -292,7 +293,7 @@ def test_features_of_bases_without_a_tower(two_epochs, monkeypatch, more):
     config = r2d3.resolve(r2d3.Config(samples_per_prompt=2, steps=3, eval_size=32, guidance=2.0))
     base = r2d3.load_base(config, "cpu")
     base.tower = None
-    features = r2d3.load_features(base, "cpu")
+    features = metrics.load_features(base.tower, "cpu")
     assert ("DreamSim" in features.title) == ("Inception" in features.title) == more
     reward = r2d3.load_reward("dnc", base, "cpu")
     schedule = r2d3.NoiseSchedule.from_diffusers("dpm", 3)
@@ -311,5 +312,5 @@ def close_to_one(values):
 def test_features_without_network(monkeypatch):
     import open_clip
     monkeypatch.setattr(open_clip, "create_model", lambda *args, **more: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(r2d3.UserError, match="network"):
-        r2d3.load_features(SimpleNamespace(tower=None), "cpu")
+    with pytest.raises(r2d3.UserError, match="network"), r2d3.fetching("the networks that measure", "0.6 GB"):
+        metrics.load_features(None, "cpu")

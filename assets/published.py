@@ -1,0 +1,204 @@
+"""The published DiffSplat checkpoints: where they are, how they are read, and their text encoders.
+
+r2d3.py uses this in `load_base`. Whatever is missing or damaged is a ValueError of one sentence.
+Names, sizes and quirks: github.com/chenguolin/DiffSplat and the Hugging Face repo of the same name.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+REPO = "chenguolin/DiffSplat"
+VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,
+       "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+       "up_block_types": ["UpDecoderBlock2D"] * 4}
+PUBLISHED = {
+    "diffsplat-pixart": {
+        "net": "gsdiff_gobj83k_pas_fp16__render", "part": "transformer_ema", "vae": "gsvae_gobj265k_sdxl_fp16",
+        "text": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "length": 300, "text_dim": 4096, "download": "22 GB",
+        "betas": {}, "vae_config": VAE | {"scaling_factor": 0.13025},
+        "net_config": {"_class_name": "PixArtTransformer2DModel", "sample_size": 32, "in_channels": 10, "out_channels": 8,
+                       "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2,
+                       "cross_attention_dim": 1152, "caption_channels": 4096, "norm_type": "ada_norm_single",
+                       "norm_elementwise_affine": False, "norm_eps": 1e-6, "use_additional_conditions": False}},
+    "diffsplat-sd15": {
+        "net": "gsdiff_gobj83k_sd15__render", "part": "unet_ema", "vae": "gsvae_gobj265k_sd",
+        "text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "6 GB",
+        "betas": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        "vae_config": VAE | {"scaling_factor": 0.18215},
+        "net_config": {"_class_name": "UNet2DConditionModel", "sample_size": 32, "in_channels": 10, "out_channels": 4,
+                       "cross_attention_dim": 768, "attention_head_dim": 8}},
+}
+
+
+def download(base: str) -> Path:
+    """The folder in the Hugging Face cache with the two checkpoints of `base`; only they are fetched, with progress bars."""
+    from huggingface_hub import snapshot_download
+    about = PUBLISHED[base]
+    return Path(snapshot_download(REPO, allow_patterns=[f"{about['net']}/checkpoints/*/{about['part']}/*",
+                                                        f"{about['vae']}/checkpoints/*/model.safetensors"]))
+
+
+def load(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
+    """Denoiser and VAE from a folder laid out like the published repo."""
+    about = PUBLISHED[base]
+    folder = newest(root, about["net"], "gsdiff_*", about["part"])
+    net = read_network(json.loads(text(folder / "config.json")), tensors(folder))
+    file = newest(root, about["vae"], "gsvae_*", "model.safetensors")
+    weights = {name.removeprefix("vae."): value for name, value in read(file).items() if name.startswith("vae.")}
+    own = root / "vae/config.json"
+    config = about["vae_config"] | (json.loads(text(own)) if own.is_file() else {})
+    # 12 channels, whatever the config says: it is that of the image VAE it was made from
+    vae = read_network(config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12}, weights, str(file))
+    return net, vae
+
+
+def random(base: str) -> tuple[nn.Module, nn.Module]:
+    """The same two networks at their published sizes, as they are before any training."""
+    about = PUBLISHED[base]
+    return build(about["net_config"]), build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
+
+
+def newest(root: Path, name: str, pattern: str, part: str) -> Path:
+    """root/NAME/checkpoints/NNNNNN/part with the highest number; NAME as published, or whatever fits the pattern."""
+    for folders in (name, pattern):
+        found = sorted(root.glob(f"{folders}/checkpoints/*/{part}"), key=lambda path: path.parent.name)
+        if found:
+            return found[-1]
+    raise ValueError(f"there is no {name}/checkpoints/NNNNNN/{part} in {root}; lay it out like {REPO} on the "
+                     "Hugging Face hub")
+
+
+def text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        raise ValueError(f"{path} is missing") from None
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All of a folder's weights, in one file or in shards, with or without their index."""
+    files = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        if missing := set(json.loads(index.read_text())["weight_map"].values()) - files:
+            if not files & {index.name.removesuffix(".index.json")}:             # the shards may have been merged
+                raise ValueError(f"{folder} lacks the shard {min(missing)}")
+    if not files:
+        raise ValueError(f"there are no .safetensors files in {folder}")
+    return {name: value for file in sorted(files) for name, value in read(folder / file).items()}
+
+
+def build(config: dict) -> nn.Module:
+    """A stock diffusers network; the authors' class and block names with MV2D are stock's with 2D."""
+    import diffusers
+    config = json.loads(json.dumps(config).replace("MV2D", "2D"))
+    cls = getattr(diffusers, config["_class_name"])
+    return cls(**{name: value for name, value in config.items() if name in inspect.signature(cls.__init__).parameters})
+
+
+def read_network(config: dict, weights: dict[str, Tensor], where: str = "") -> nn.Module:
+    for name in ("conv_in.weight", "pos_embed.proj.weight"):    # the Pluecker rays' channels may not be in the config
+        if name in weights:
+            config = config | {"in_channels": weights[name].shape[1]}
+    net = build(config)
+    try:
+        net.load_state_dict({name: value.float() for name, value in weights.items()})
+    except RuntimeError as error:
+        what = " ".join(str(error).split("\n")[1].split())[:200]
+        raise ValueError(f"the weights {where} do not fit {config['_class_name']}: {what}") from None
+    return net
+
+
+class TextEncoder:
+    """Prompts -> (embeds (B, L, D), mask (B, L) or None) by T5 (300 tokens) or CLIP (77, all of which count).
+
+    Every prompt is encoded once and kept on disk by model, dtype, length and prompt; files are replaced in one go, so that
+    several processes may share the folder. The encoder is loaded when a prompt is new, and freed at once.
+    """
+
+    def __init__(self, base: str, root: Path | None, device: torch.device | str, write: Callable):
+        about = PUBLISHED[base]
+        self.clip, self.length, self.device, self.write = base == "diffsplat-sd15", about["length"], device, write
+        own = root and (root / "text_encoder").is_dir()
+        self.source = str(root.resolve()) if own else about["text"]
+        self.subfolders = not self.clip or own
+        self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2d3/text"
+        self.memory = {}
+
+    def path(self, prompt: str) -> Path:
+        key = hashlib.sha256(repr((self.source, str(self.dtype), self.length, prompt)).encode()).hexdigest()
+        return self.cache / key[:2] / f"{key}.safetensors"
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        new = []
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.memory:
+                try:
+                    self.memory[prompt] = load_file(self.path(prompt))["embeds"]
+                except (OSError, SafetensorError):
+                    new.append(prompt)
+        if new:
+            self.encode(new)
+        rows = [self.memory[prompt] for prompt in prompts]
+        embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, self.length - len(row))) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return embeds, None if self.clip else torch.arange(self.length) < lengths[:, None]
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> None:
+        """Fill memory and disk."""
+        from safetensors.torch import save
+        from tqdm import tqdm
+        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        inside = {"subfolder": "text_encoder"} if self.subfolders else {}
+        cls = CLIPTextModel if self.clip else T5EncoderModel
+        tokenizer = AutoTokenizer.from_pretrained(self.source, **({"subfolder": "tokenizer"} if self.subfolders else {}))
+        model = cls.from_pretrained(self.source, dtype=self.dtype, **inside).to(self.device).eval()
+        for n in tqdm(range(0, len(prompts), 32), "encoding prompts", leave=False, disable=len(prompts) < 64):
+            part = prompts[n:n + 32]
+            words = [prompt if self.clip else prompt.lower().strip() for prompt in part]    # as PixArt's pipeline has it
+            tokens = tokenizer(words, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+            ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+            embeds = model(ids)[0] if self.clip else model(ids, attention_mask=mask)[0]
+            for prompt, row, valid in zip(part, embeds.cpu(), mask.sum(1).tolist()):
+                self.memory[prompt] = (row if self.clip else row[:valid]).contiguous()
+                self.write(self.path(prompt), save({"embeds": self.memory[prompt]}))
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def random_text(base: str) -> Callable[[list[str]], tuple[Tensor, Tensor | None]]:
+    """Stands for the text encoder where weights are random: unit Gaussians that depend on the prompt."""
+    about = PUBLISHED[base]
+
+    def encode(prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        def row(prompt: str) -> Tensor:
+            seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)
+            return torch.randn(about["length"], about["text_dim"], generator=torch.Generator().manual_seed(seed))
+        mask = torch.arange(about["length"])[None] < 20
+        return torch.stack([row(prompt) for prompt in prompts]), None if base == "diffsplat-sd15" else mask.repeat(len(prompts), 1)
+    return encode
