@@ -142,7 +142,7 @@ def test_ddpo_follows_the_gradient_of_the_expected_reward(flat):  # noqa: F811
 
 def test_log_prob_is_the_recorded_one():
     """Every step of a trajectory that the published pipeline sampled in float32: measured 1e-6, 9e-5 at the last (std 0.01)."""
-    d = load_file(ROOT / "tests/data/log_prob.safetensors")
+    d = load_file(ROOT / "tests/data/trajectory.safetensors")
     schedule, latents = NoiseSchedule.from_diffusers("dpm", 20), d["latents"][0].unflatten(1, (4, 4)).double()
     eps = d["unet_outputs"][0].unflatten(1, (4, 8))[:, :, :4].double()     # of 8 channels, 4 are a variance
     i = torch.arange(20)
