@@ -7,10 +7,21 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_method import (  # noqa: F401
+    CONFIG,
+    PROMPTS,
+    ROOT,
+    Base,
+    changed,
+    close,
+    flat,
+    make_batch,
+    quadratic,
+    randn,
+)
 
 import r2d3
 from r2d3 import NoiseSchedule, Transitions, seeded
-from test_method import CONFIG, PROMPTS, ROOT, Base, changed, close, flat, make_batch, quadratic, randn  # noqa: F401
 
 VIEWS = torch.arange(1, 5, dtype=torch.float64)[:, None]
 

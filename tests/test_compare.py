@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "assets"))
 sys.path.insert(0, str(ROOT))
 
 import compare  # noqa: E402
+
 import r2d3  # noqa: E402
 
 TINY = compare.NABLA | {"batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2, "seed": 0, "reward": "aesthetic"}

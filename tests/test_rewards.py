@@ -232,7 +232,12 @@ def test_aesthetic_is_frozen_and_checkpointed_too(published, monkeypatch):
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """diffusers' pipeline with the published one's classes and settings, tiny and random."""
-    from diffusers import AutoencoderKL, DDIMScheduler, MarigoldNormalsPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        MarigoldNormalsPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2}))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "assets"))
 
 import make_shapes  # noqa: E402
+
 import r2d3  # noqa: E402
 
 ASSET = ROOT / "assets/shapes.safetensors"
