@@ -51,13 +51,23 @@ from typing import Literal, NamedTuple
 if __name__ == "__main__":      # else idle threads spin, which costs a factor of four on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import PIL.Image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from assets import metrics, published, scorers
+from assets import (
+    UserError,
+    fetching,
+    load_weights,
+    metrics,
+    published,
+    report,
+    scorers,
+    shapes,
+    to_bytes,
+    write_atomic,
+)
 from assets.metrics import METRICS, Features, Measurement
 from kernels import Render, gradient_matching, rasterize
 
@@ -74,10 +84,6 @@ RADIUS = 1.4               # distance of the cameras from the origin (DiffSplat)
 ELEVATION = 10.0           # degrees above the horizon (DiffSplat)
 IMAGE_NOISE = 2e-3         # Gaussian noise on images before the reward (Nabla-R2D3's released code)
 SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
-
-
-class UserError(ValueError):
-    """Something the caller can mend: printed as one sentence, exit code 2, no traceback."""
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -364,20 +370,6 @@ def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
     return len(columns)
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """All of the new file or all of the old one, also after kill -9, on a full disk or in a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # -----------------------------------------------------------------------------------------------------------
 # 5. NoiseSchedule
 # Every step of the sampler is one Gaussian transition; this class is all that the method knows of diffusion.
@@ -506,16 +498,16 @@ class DiffSplat:
 
     views = 4
 
-    def __init__(self, net: nn.Module, vae: nn.Module, encode: Callable[[list[str]], Cond], *,
-                 image_size: int, prediction_type: str, guidance: float, latent_mean: Tensor,
-                 latent_std: Tensor, betas: dict, scale_range: tuple[float, float], depth_scale: float,
-                 half_image_shift: bool, device: torch.device | str):
+    def __init__(self, net: nn.Module, vae: nn.Module,
+                 text: Callable[[list[str]], tuple[Tensor, Tensor | None]], *, image_size: int,
+                 prediction_type: str, guidance: float, latent_mean: Tensor, latent_std: Tensor, betas: dict,
+                 scale_range: tuple[float, float], depth_scale: float, half_image_shift: bool,
+                 device: torch.device | str):
         self.device = torch.device(device)
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         join_views(self.net, self.views)
-        self.encode, self.guidance, self.betas, self.image_size = encode, guidance, betas, image_size
-        self.tower = self.normals = None                        # judges, which `shapes` has
+        self.text, self.guidance, self.betas, self.image_size = text, guidance, betas, image_size
         self.prediction_type, self.scale_range, self.depth_scale = prediction_type, scale_range, depth_scale
         channels = vae.config.latent_channels
         size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -527,6 +519,10 @@ class DiffSplat:
         self.plucker = F.interpolate(rays, (size, size), mode="bilinear")           # (V, 6, h, w)
         from diffusers import DDIMScheduler
         self.alpha_by_t = DDIMScheduler(**betas).alphas_cumprod.sqrt().to(self.device)  # (1000,)
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Prompts as the network takes them."""
+        return Cond(*self.text(prompts))
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Noise in x (B, V, C, h, w) at timesteps t (B,): eps like x, whatever the network predicts."""
@@ -561,131 +557,18 @@ class DiffSplat:
                                        self.fxfycxcy.expand(B, -1, -1), self.scale_range, self.depth_scale)
 
 
-class WordTable(nn.Module):
-    """The text encoder of `shapes`: a learned vector per word plus one per position."""
-
-    def __init__(self, vocab: list[str], dim: int, max_length: int):
-        super().__init__()
-        self.index = {word: n for n, word in enumerate(["", *vocab])}               # 0 is padding
-        self.words, self.positions = nn.Embedding(len(self.index), dim), nn.Embedding(max_length, dim)
-
-    def tokens(self, prompts: list[str]) -> Tensor:
-        """(B, max_length) word numbers, 0 where there is none. UserError: an unknown word, too many words."""
-        out = torch.zeros(len(prompts), self.positions.num_embeddings, dtype=torch.long)
-        for row, prompt in zip(out, prompts):
-            words = prompt.lower().split()
-            unknown = [word for word in words if word not in self.index]
-            if unknown:
-                raise UserError(f"the base 'shapes' does not know the word {unknown[0]!r} in the prompt "
-                                f"{prompt!r}; it knows: {' '.join(w for w in self.index if w)}")
-            if len(words) > len(row):
-                raise UserError(f"the prompt {prompt!r} has {len(words)} words; 'shapes' takes {len(row)}")
-            row[:len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
-        return out.to(self.words.weight.device)
-
-    def forward(self, prompts: list[str]) -> Cond:
-        tokens = self.tokens(prompts)
-        mask = tokens > 0
-        mask[:, 0] = True                                       # the null prompt "" keeps one pad token
-        return Cond(self.words(tokens) + self.positions.weight, mask)
-
-
 def load_base(config: Config, device: torch.device | str) -> DiffSplat:
     """The base that `config.base` names, frozen, on `device`. `shapes` has judges too: .tower, .normals."""
-    base = load_shapes(config, device) if config.base == "shapes" else load_diffsplat(config, device)
+    if config.base == "shapes":
+        path = Path(config.weights or HERE / "assets/shapes.safetensors")
+        parts, tower, normals = shapes.load(path, device)
+    else:
+        parts, tower, normals = published.load(config.base, config.weights, device), None, None
+    base = DiffSplat(**parts, device=device)
+    base.tower, base.normals = tower, normals
     if config.checkpoint_net:
         base.net.enable_gradient_checkpointing()
     return base
-
-
-def load_diffsplat(config: Config, device: torch.device | str) -> DiffSplat:
-    """DiffSplat on PixArt-Sigma or SD1.5 (assets/published.py); bf16 on a GPU.
-
-    The text encoder is loaded when prompts are first encoded, and is gone afterwards.
-    """
-    about, untrained, root = published.PUBLISHED[config.base], config.weights == "random", None
-    try:
-        if not untrained:
-            root = Path(config.weights) if config.weights else published.download(config.base)
-        net, vae = published.random(config.base) if untrained else published.load(config.base, root)
-    except OSError as error:
-        raise UserError(f"the weights of {config.base} are not here and could not be fetched "
-                        f"({type(error).__name__}): about {about['download']}, once, or --weights DIR\n"
-                        "      leave out --base to run now, with the embedded base") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    encoder = published.random_text(config.base) if untrained else published.TextEncoder(
-        config.base, root if config.weights else None, device, write_atomic)
-
-    def encode(prompts: list[str]) -> Cond:
-        with fetching(f"the text encoder of {config.base}", f"about {about['download']} with the weights"):
-            return Cond(*encoder(prompts))
-
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return DiffSplat(net.to(dtype), vae.to(dtype), encode, image_size=min(256, vae.config.sample_size),
-                     prediction_type="epsilon", guidance=7.5, betas=about["betas"], device=device,
-                     latent_mean=torch.tensor(shift), latent_std=torch.tensor(1 / vae.config.scaling_factor),
-                     scale_range=(0.0005, 0.02), depth_scale=1.0, half_image_shift=True)
-
-
-def load_shapes(config: Config, device: torch.device | str) -> DiffSplat:
-    """The embedded base (assets/shapes.safetensors)."""
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
-    path = Path(config.weights or HERE / "assets/shapes.safetensors")
-    state, about = load_weights(path)
-    if '"vocab"' not in about.get("config", ""):
-        raise UserError(f"{path} does not hold the base 'shapes': it was not made by assets/make_shapes.py")
-    about = json.loads(about["config"])
-
-    def part(name: str, module: nn.Module) -> nn.Module:
-        own = {key.removeprefix(f"{name}."): value.float() for key, value in state.items()
-               if key.startswith(f"{name}.")}
-        try:
-            module.load_state_dict(own)
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit: {str(error).splitlines()[1].strip()}") from None
-        return module.to(device).eval().requires_grad_(False)
-
-    vocab, length = about["vocab"], about["max_length"]
-    base = DiffSplat(
-        part("net", PixArtTransformer2DModel(**about["net"])), part("vae", AutoencoderKL(**about["vae"])),
-        part("text", WordTable(vocab, about["net"]["caption_channels"], length)),
-        image_size=about["vae"]["sample_size"], prediction_type=about["prediction_type"],
-        guidance=about["guidance"], betas={}, latent_mean=state["latent_mean"].float(),
-        latent_std=state["latent_std"].float(), scale_range=about["scale_range"],
-        depth_scale=about["depth_scale"], half_image_shift=False, device=device)
-    table = WordTable(vocab, about["tower"].get("dim", 64), length)
-    base.tower = part("tower", scorers.ImageTextTower(table, **about["tower"]))
-    base.normals = part("normal", scorers.NormalEstimator(**about["normal"]))
-    return base
-
-
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file."""
-    from safetensors import SafetensorError, safe_open
-    if not path.is_file():
-        raise UserError(f"there are no weights at {path}; python assets/make_shapes.py makes them")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
-
-
-@contextlib.contextmanager
-def fetching(what: str, size: str) -> Iterator[None]:
-    """Whatever goes wrong while published data is fetched and read becomes one sentence."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except ImportError as error:
-        raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
-                        "--base shapes with its own scorers and prompts needs none") from None
 
 
 def load_prompts(spec: str) -> list[str]:
@@ -807,7 +690,7 @@ def depth_normal_consistency(render: Render, prompts: list[str], angle_mask: boo
     return mean_cosine(depth_to_normals(render.depth.detach()), render.normal, mask, angle_mask)
 
 
-def tower_agreement(tower: nn.Module) -> Reward:
+def tower_agreement(tower: shapes.ImageTextTower) -> Reward:
     """Embedded stand-in for HPSv2: the cosine of picture and prompt in the base's own image-text tower."""
     def score(render: Render, prompts: list[str]) -> Tensor:
         pictures = tower.image(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])  # (B, V, D)
@@ -1416,13 +1299,6 @@ def describe_run(config: Config, reward: Reward) -> dict:
             "versions": {"python": sys.version.split()[0], **versions}}
 
 
-def to_bytes(save: Callable) -> bytes:
-    """What save(file) writes."""
-    buffer = io.BytesIO()
-    save(buffer)
-    return buffer.getvalue()
-
-
 def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int,
                     prompts: str, history: dict, config: Config) -> None:
     """All that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
@@ -1600,17 +1476,6 @@ def print_summary(summary: dict) -> None:
         print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")
 
 
-def picture_rows(images: Tensor) -> PIL.Image.Image:
-    """(rows, columns, 3, H, W) in [0, 1] -> one picture."""
-    rows, columns, _, H, W = images.shape
-    flat = images.detach().cpu().clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, 3)
-    return PIL.Image.fromarray((flat * 255).round().byte().numpy())
-
-
-def png(picture: PIL.Image.Image) -> bytes:
-    return to_bytes(lambda file: picture.save(file, "PNG"))
-
-
 @torch.no_grad()
 def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: str | None = None) -> bytes:
     """A .gif in which all objects, side by side, turn once around."""
@@ -1618,7 +1483,7 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
     for azimuth in range(0, 360, 360 // frames):
         c2w = orbit(20.0, float(azimuth)).expand(B, 1, 4, 4)
         views = render(gaussians, c2w, intrinsics(B, 1), size, backend).image           # (B, 1, 3, H, W)
-        pictures.append(picture_rows(views.transpose(0, 1)))
+        pictures.append(report.picture_rows(views.transpose(0, 1)))
     return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
                                                   duration=80, loop=0))
 
@@ -1626,7 +1491,6 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
 def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after: Measurement,
                  rows: list[dict], summary: dict, config: Config, out: Path) -> None:
     """summary.json, samples/, curves.png and report.html: one page with all of it, that needs no network."""
-    from assets import report
     shown = [n * len(prompts) // 12 for n in range(12)] if len(prompts) > 12 else [*range(len(prompts))]
     cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
     with torch.no_grad():
@@ -1682,7 +1546,7 @@ def sample(config: Config) -> list[Path]:
                 path = path.with_stem(f"{path.stem}-prompt{n + 1}")
             one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
             save_ply(path, one)
-            write_atomic(path.with_suffix(".png"), png(picture_rows(pictures[s:s + 1])))
+            write_atomic(path.with_suffix(".png"), report.png(report.picture_rows(pictures[s:s + 1])))
             write_atomic(path.with_suffix(".gif"), turntable(one, 256, backend=kernel_backend(config)))
             print(path)
             written.append(path)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3  # noqa: E402
-from assets import report, scorers  # noqa: E402
+from assets import report, shapes  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
 SCALE_RANGE, DEPTH_SCALE = (0.002, 0.05), 0.5
@@ -428,10 +428,10 @@ def renamed(parts: list, slot: int, color: str, shape: str) -> str:
     return caption([(part[0], color, shape) if n == slot else part for n, part in enumerate(parts)])
 
 
-def train_tower(work: Path, pictures: dict, steps: int) -> scorers.ImageTextTower:
+def train_tower(work: Path, pictures: dict, steps: int) -> shapes.ImageTextTower:
     """Contrastive: every picture finds its caption in the batch's, and among its own with one word changed."""
     torch.manual_seed(1)
-    tower = scorers.ImageTextTower(r2d3.WordTable(VOCAB, 64, MAX_LENGTH))
+    tower = shapes.ImageTextTower(shapes.WordTable(VOCAB, 64, MAX_LENGTH))
     stage = Stage(work, "tower", tower, steps, 2e-3, ema=0.998)
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -464,10 +464,10 @@ def train_tower(work: Path, pictures: dict, steps: int) -> scorers.ImageTextTowe
     return tower
 
 
-def train_normals(work: Path, pictures: dict, steps: int) -> scorers.NormalEstimator:
+def train_normals(work: Path, pictures: dict, steps: int) -> shapes.NormalEstimator:
     """Cosine loss on the object's pixels."""
     torch.manual_seed(2)
-    estimator = scorers.NormalEstimator()
+    estimator = shapes.NormalEstimator()
     stage = Stage(work, "normal", estimator, steps, 2e-3, ema=0.998)
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -483,7 +483,7 @@ def train_normals(work: Path, pictures: dict, steps: int) -> scorers.NormalEstim
 
 
 @torch.no_grad()
-def named_right(tower: scorers.ImageTextTower, pictures: Tensor, every: list) -> float:
+def named_right(tower: shapes.ImageTextTower, pictures: Tensor, every: list) -> float:
     """Share of objects whose colour and shape are the tower's first choice of all 64. pictures (n, V, 3, H, W)."""
     seen = tower.image(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1)
     right = []
@@ -522,7 +522,7 @@ def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor, guidance: float) -
     """An untrained `shapes`, and the module that holds what is to be trained: network and words."""
     from diffusers import PixArtTransformer2DModel
     torch.manual_seed(3)
-    net, text = PixArtTransformer2DModel(**NET), r2d3.WordTable(VOCAB, NET["caption_channels"], MAX_LENGTH)
+    net, text = PixArtTransformer2DModel(**NET), shapes.WordTable(VOCAB, NET["caption_channels"], MAX_LENGTH)
     torch.nn.init.zeros_(net.proj_out.weight)
     torch.nn.init.zeros_(net.proj_out.bias)
     torch.nn.init.normal_(net.adaln_single.linear.weight, std=0.02)

@@ -1,6 +1,6 @@
 """The published DiffSplat checkpoints: where they are, how they are read, and their text encoders.
 
-r2d3.py uses this in `load_base`. Whatever is missing or damaged is a ValueError of one sentence.
+r2d3.py uses this in `load_base`. Whatever is missing or damaged is a UserError.
 Names, sizes and quirks: github.com/chenguolin/DiffSplat and the Hugging Face repo of the same name.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from assets import UserError, fetching, load_weights, write_atomic
 
 REPO = "chenguolin/DiffSplat"
 VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,
@@ -45,28 +47,48 @@ def download(base: str) -> Path:
     """The folder in the Hugging Face cache with the two checkpoints of `base`; only they are fetched, with progress bars."""
     from huggingface_hub import snapshot_download
     about = PUBLISHED[base]
-    return Path(snapshot_download(REPO, allow_patterns=[f"{about['net']}/checkpoints/*/{about['part']}/*",
-                                                        f"{about['vae']}/checkpoints/*/model.safetensors"]))
+    try:
+        return Path(snapshot_download(REPO, allow_patterns=[f"{about['net']}/checkpoints/*/{about['part']}/*",
+                                                            f"{about['vae']}/checkpoints/*/model.safetensors"]))
+    except Exception as error:
+        raise UserError(f"the weights of {base} are not here and could not be fetched ({type(error).__name__}): about "
+                        f"{about['download']}, once, or --weights DIR\n      leave out --base to run now, with the embedded "
+                        "base") from None
 
 
-def load(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
+def load(base: str, weights: str | None, device: torch.device | str) -> dict:
+    """What r2d3.DiffSplat is made from; bf16 on a GPU.
+
+    `weights` is a folder laid out like the published repo, "random" for networks before any training, or None to fetch
+    what is needed. The text encoder is loaded when prompts are first encoded, and is gone afterwards.
+    """
+    about = PUBLISHED[base]
+    if weights == "random":
+        encode, net = random_text(base), build(about["net_config"])
+        vae = build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
+    else:
+        net, vae = load_networks(base, Path(weights) if weights else download(base))
+        encode = TextEncoder(base, Path(weights) if weights else None, device)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return {"net": net.to(dtype), "vae": vae.to(dtype), "text": encode, "image_size": min(256, vae.config.sample_size),
+            "prediction_type": "epsilon", "guidance": 7.5, "betas": about["betas"],
+            "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),
+            "latent_std": torch.tensor(1 / vae.config.scaling_factor), "scale_range": (0.0005, 0.02), "depth_scale": 1.0,
+            "half_image_shift": True}
+
+
+def load_networks(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
     """Denoiser and VAE from a folder laid out like the published repo."""
     about = PUBLISHED[base]
     folder = newest(root, about["net"], "gsdiff_*", about["part"])
     net = read_network(json.loads(text(folder / "config.json")), tensors(folder))
     file = newest(root, about["vae"], "gsvae_*", "model.safetensors")
-    weights = {name.removeprefix("vae."): value for name, value in read(file).items() if name.startswith("vae.")}
+    weights = {name.removeprefix("vae."): value for name, value in load_weights(file)[0].items() if name.startswith("vae.")}
     own = root / "vae/config.json"
     config = about["vae_config"] | (json.loads(text(own)) if own.is_file() else {})
     # 12 channels, whatever the config says: it is that of the image VAE it was made from
     vae = read_network(config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12}, weights, str(file))
     return net, vae
-
-
-def random(base: str) -> tuple[nn.Module, nn.Module]:
-    """The same two networks at their published sizes, as they are before any training."""
-    about = PUBLISHED[base]
-    return build(about["net_config"]), build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
 
 
 def newest(root: Path, name: str, pattern: str, part: str) -> Path:
@@ -75,7 +97,7 @@ def newest(root: Path, name: str, pattern: str, part: str) -> Path:
         found = sorted(root.glob(f"{folders}/checkpoints/*/{part}"), key=lambda path: path.parent.name)
         if found:
             return found[-1]
-    raise ValueError(f"there is no {name}/checkpoints/NNNNNN/{part} in {root}; lay it out like {REPO} on the "
+    raise UserError(f"there is no {name}/checkpoints/NNNNNN/{part} in {root}; lay it out like {REPO} on the "
                      "Hugging Face hub")
 
 
@@ -83,16 +105,7 @@ def text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:
-        raise ValueError(f"{path} is missing") from None
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
+        raise UserError(f"{path} is missing") from None
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -101,10 +114,10 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     for index in folder.glob("*.safetensors.index.json"):
         if missing := set(json.loads(index.read_text())["weight_map"].values()) - files:
             if not files & {index.name.removesuffix(".index.json")}:             # the shards may have been merged
-                raise ValueError(f"{folder} lacks the shard {min(missing)}")
+                raise UserError(f"{folder} lacks the shard {min(missing)}")
     if not files:
-        raise ValueError(f"there are no .safetensors files in {folder}")
-    return {name: value for file in sorted(files) for name, value in read(folder / file).items()}
+        raise UserError(f"there are no .safetensors files in {folder}")
+    return {name: value for file in sorted(files) for name, value in load_weights(folder / file)[0].items()}
 
 
 def build(config: dict) -> nn.Module:
@@ -124,7 +137,7 @@ def read_network(config: dict, weights: dict[str, Tensor], where: str = "") -> n
         net.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as error:
         what = " ".join(str(error).split("\n")[1].split())[:200]
-        raise ValueError(f"the weights {where} do not fit {config['_class_name']}: {what}") from None
+        raise UserError(f"the weights {where} do not fit {config['_class_name']}: {what}") from None
     return net
 
 
@@ -135,9 +148,10 @@ class TextEncoder:
     several processes may share the folder. The encoder is loaded when a prompt is new, and freed at once.
     """
 
-    def __init__(self, base: str, root: Path | None, device: torch.device | str, write: Callable):
+    def __init__(self, base: str, root: Path | None, device: torch.device | str):
         about = PUBLISHED[base]
-        self.clip, self.length, self.device, self.write = base == "diffsplat-sd15", about["length"], device, write
+        self.clip, self.length, self.device = base == "diffsplat-sd15", about["length"], device
+        self.what = f"the text encoder of {base}", f"about {about['download']} with the weights"
         own = root and (root / "text_encoder").is_dir()
         self.source = str(root.resolve()) if own else about["text"]
         self.subfolders = not self.clip or own
@@ -160,7 +174,8 @@ class TextEncoder:
                 except (OSError, SafetensorError):
                     new.append(prompt)
         if new:
-            self.encode(new)
+            with fetching(*self.what):
+                self.encode(new)
         rows = [self.memory[prompt] for prompt in prompts]
         embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, self.length - len(row))) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
@@ -184,7 +199,7 @@ class TextEncoder:
             embeds = model(ids)[0] if self.clip else model(ids, attention_mask=mask)[0]
             for prompt, row, valid in zip(part, embeds.cpu(), mask.sum(1).tolist()):
                 self.memory[prompt] = (row if self.clip else row[:valid]).contiguous()
-                self.write(self.path(prompt), save({"embeds": self.memory[prompt]}))
+                write_atomic(self.path(prompt), save({"embeds": self.memory[prompt]}))
         del model
         gc.collect()
         if torch.cuda.is_available():

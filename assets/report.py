@@ -5,11 +5,12 @@ r2d3.py hands in tensors and text and gets back {file name: content}; nothing he
 
 import base64
 import html
-import io
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from assets import to_bytes
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%} table{border-collapse:collapse} pre{background:#f5f5f5;padding:1rem;overflow-x:auto}
@@ -80,12 +81,15 @@ def curves(rows: list[dict]) -> bytes:
         axes.plot([row["update"] for row in rows], [row[name] for row in rows], color="tab:blue")
         axes.set(title=title, xlabel="update")
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return to_bytes(lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+    return to_bytes(lambda file: picture.save(file, "PNG"))
+
+
+def picture_rows(images: Tensor) -> Image.Image:
+    """(rows, columns, 3, H, W) in [0, 1] -> one picture."""
+    rows, columns, _, H, W = images.shape
+    flat = images.detach().cpu().clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, 3)
+    return Image.fromarray((flat * 255).round().byte().numpy())

@@ -1,13 +1,12 @@
-"""The frozen networks that judge pictures: published scorers, and the small judges of the embedded base.
+"""The published networks that judge pictures: LAION's aesthetic predictor, HPSv2, Marigold's normals.
 
-r2d3.py loads them in `load_reward` and `load_base`. Each class stands alone: torch, and the library it names.
+r2d3.py loads them in `load_reward`. Each class stands alone: torch, and the library it names.
 `render` is a kernels.Render: image (B, V, 3, H, W) and more; scores are (B, V).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -164,56 +163,3 @@ class MarigoldNormals(nn.Module):
         normals = F.normalize(self.vae.decode(z / scale).sample.to(images.dtype).clamp(-1, 1), dim=1)
         normals = F.normalize(F.interpolate(normals, images.shape[-2:], mode="bilinear"), dim=1)
         return normals * normals.new_tensor([1, -1, -1]).view(3, 1, 1)  # theirs: y up, z towards the viewer
-
-
-class ImageTextTower(nn.Module):
-    """A small CLIP for the world of `shapes`: pictures and prompts that agree have vectors of high cosine."""
-
-    def __init__(self, table: nn.Module, dim: int = 64, width: int = 32):
-        super().__init__()
-        widths = [3, width, 2 * width, 4 * width, 4 * width]
-        self.cnn = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
-            nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
-            nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU())))
-        self.image_head = nn.Linear(widths[-1] * 16, dim)       # 64 px / 2^4 = a 4 x 4 map
-        self.table = table          # prompts -> (embeds (N, L, dim), mask (N, L))
-        self.mixer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, 0.0, "gelu", batch_first=True)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def image(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] -> (N, D), unit length."""
-        if images.shape[-1] != 64:
-            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
-        return F.normalize(self.image_head(self.cnn(images * 2 - 1).flatten(1)), dim=-1)
-
-    def text(self, prompts: list[str]) -> Tensor:
-        """N prompts -> (N, D), unit length."""
-        embeds, mask = self.table(prompts)
-        mixed = self.mixer(embeds, src_key_padding_mask=~mask) * mask[..., None]
-        return F.normalize(mixed.sum(1) / mask.sum(1, keepdim=True), dim=-1)
-
-
-class NormalEstimator(nn.Module):
-    """A small 2D normal estimator for the world of `shapes`: pictures to unit normals in camera space."""
-
-    def __init__(self, width: int = 24):
-        super().__init__()
-
-        def conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:
-            return [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
-
-        self.down = nn.ModuleList(nn.Sequential(*conv(a, b, stride), *conv(b, b)) for a, b, stride in (
-            (3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)))
-        self.up = nn.ModuleList(nn.Sequential(*conv(3 * b, b)) for b in (2 * width, width))
-        self.head = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] -> (N, 3, H, W), unit length."""
-        maps = [images * 2 - 1]
-        for block in self.down:
-            maps.append(block(maps[-1]))
-        x = maps.pop()
-        for block in self.up:
-            skip = maps.pop()
-            x = block(torch.cat([F.interpolate(x, skip.shape[-2:], mode="bilinear"), skip], 1))
-        return F.normalize(self.head(x), dim=1)

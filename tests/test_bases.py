@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import published, scorers  # noqa: E402
+from assets import published, scorers, shapes  # noqa: E402
 from r2d3 import Cond, Config, NoiseSchedule, seeded  # noqa: E402
 
 BASES = {"diffsplat-pixart": "gsdiff_gobj83k_pas_fp16__render/checkpoints/013020/transformer_ema",
@@ -311,7 +311,7 @@ def test_prompts_are_encoded_once(name, folder, monkeypatch):
     base.encode(prompts[:2])
     again = load(name, folder)
     assert torch.equal(again.encode(prompts).embeds, embeds) and len(loaded) == 1
-    files = list(Path(published.TextEncoder(name, folder, "cpu", None).cache).rglob("*"))
+    files = list(Path(published.TextEncoder(name, folder, "cpu").cache).rglob("*"))
     damaged = next(path for path in files if path.suffix == ".safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-7])              # a damaged file is made again
     assert torch.equal(load(name, folder).encode(prompts).embeds, embeds) and len(loaded) == 2
@@ -435,7 +435,7 @@ def test_half_precision_weights_predict_in_single(name, folder):
 def test_the_whole_job(name, folder, small, reward, tmp_path, monkeypatch, capsys):
     """Rollout, reward, loss, update, checkpoint, evaluation, resume and samples, from a folder in the published layout."""
     if reward == "normal":
-        monkeypatch.setattr(scorers.MarigoldNormals, "pretrained", lambda *args: scorers.NormalEstimator(width=8).requires_grad_(False))
+        monkeypatch.setattr(scorers.MarigoldNormals, "pretrained", lambda *args: shapes.NormalEstimator(width=8).requires_grad_(False))
     untrained = {"LaionAesthetic": scorers.LaionAesthetic.pretrained, "HPSv2": scorers.HPSv2.pretrained}
     monkeypatch.setattr(scorers.LaionAesthetic, "pretrained", lambda *args: untrained["LaionAesthetic"](args[0], args[1], True))
     monkeypatch.setattr(scorers.HPSv2, "pretrained", lambda *args: untrained["HPSv2"](args[0], args[1], args[2], True))

@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 STEP = """
 import torch
+from assets import shapes
 import r2d3
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
@@ -18,7 +19,7 @@ net = PixArtTransformer2DModel(sample_size=4, patch_size=2, in_channels=10, out_
 vae = AutoencoderKL(in_channels=12, out_channels=12, down_block_types=["DownEncoderBlock2D"],
                     up_block_types=["UpDecoderBlock2D"], block_out_channels=[8], layers_per_block=1,
                     latent_channels=4, norm_num_groups=4, sample_size=4, mid_block_add_attention=False)
-text = r2d3.WordTable(["red", "cube"], 8, 3).requires_grad_(False)
+text = shapes.WordTable(["red", "cube"], 8, 3).requires_grad_(False)
 base = r2d3.DiffSplat(net, vae, text, image_size=4, prediction_type="v_prediction", guidance=2.0,
                       latent_mean=torch.zeros(1), latent_std=torch.ones(1), betas={}, scale_range=(0.02, 0.12),
                       depth_scale=0.5, half_image_shift=False, device="cpu")

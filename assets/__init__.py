@@ -1,0 +1,74 @@
+"""What r2d3.py needs around the method, each file to be read and copied on its own:
+
+    shapes.py     the embedded base: its networks, how its file is read     (made by make_shapes.py)
+    published.py  DiffSplat's published checkpoints and text encoders
+    scorers.py    the published 2D models that judge pictures
+    metrics.py    what evaluations measure
+    report.py     the page that a run leaves
+    compare.py, sweep.py    experiments, whose rows are in results/
+
+and in this file what all of them share: errors that people can mend, files that are never half written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something the caller can mend: printed as one sentence, exit code 2, no traceback."""
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """All of the new file or all of the old one, also after kill -9, on a full disk or in a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_bytes(save: Callable) -> bytes:
+    """What save(file) writes."""
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file."""
+    from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}; python assets/make_shapes.py makes them")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
+
+
+@contextlib.contextmanager
+def fetching(what: str, size: str) -> Iterator[None]:
+    """Whatever goes wrong while published data is fetched and read becomes one sentence."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
+                        "--base shapes with its own scorers and prompts needs none") from None
