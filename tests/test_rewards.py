@@ -481,8 +481,8 @@ def test_the_base_picks_the_scorer(asked_for):
     assert load("hpsv2", bare, "cpu", PAPER_BASE).title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
     assert load("normal", bare, "cpu", PAPER_BASE).title == "normal (Marigold v1-1, one step)"
     assert load("dnc", bare, "cpu", PAPER_BASE).title == "dnc (depth-normal consistency)"
-    assert asked_for == [("LaionAesthetic", "cpu", False), ("HPSv2", "v2.1", "cpu", False),
-                       ("MarigoldNormals", "cpu", False)]
+    assert asked_for == [("LaionAesthetic", "cpu", False, False), ("HPSv2", "v2.1", "cpu", False),
+                       ("MarigoldNormals", "cpu", False, False)]
 
 
 def test_options_pick_the_scorer_and_are_in_the_title(asked_for):
@@ -493,7 +493,7 @@ def test_options_pick_the_scorer_and_are_in_the_title(asked_for):
     summed = load("aesthetic=2,normal=0.5,hpsv2", scorer="marigold", checkpoint_scorer=True, angle_mask=True)
     assert summed.title == ("2 x aesthetic (embedded scorer: colourfulness) + 0.5 x normal (Marigold v1-1, one step, "
                             "angle mask) + hpsv2 (embedded scorer: image-text tower)")
-    assert asked_for == [("HPSv2", "v2.0", "cpu", False), ("MarigoldNormals", "cpu", True)]
+    assert asked_for == [("HPSv2", "v2.0", "cpu", False, False), ("MarigoldNormals", "cpu", True, False)]
     bare = SimpleNamespace(tower=None, normals=None)
     colourful = load("aesthetic", bare, base="diffsplat-pixart", scorer="embedded")
     assert colourful.title == "aesthetic (embedded scorer: colourfulness)"
