@@ -462,10 +462,6 @@ class Cond(NamedTuple):
     def __getitem__(self, rows) -> Cond:                                            # cond[rows] picks objects
         return Cond(self.embeds[rows], None if self.mask is None else self.mask[rows])
 
-    def expand(self, rows: int) -> Cond:
-        """A Cond of one prompt, repeated."""
-        return self[torch.zeros(rows, dtype=torch.long)]
-
 
 class MultiViewAttnProcessor:
     """Self-attention over all views of an object: (b v) n d -> b (v n) d. The rest stays per view."""
@@ -600,8 +596,7 @@ def load_prompts(spec: str) -> list[str]:
 def load_lora(net: nn.Module, path: Path) -> nn.Module:
     """The network with a saved LoRA of scale 1: a run's lora/ folder, or what Nabla-R2D3's code saved."""
     from peft import set_peft_model_state_dict
-    files = [path] if path.is_file() else [file for name in ("adapter_model", "pytorch_lora_weights")
-                                           if (file := path / f"{name}.safetensors").is_file()]
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"there is no LoRA in {path}: no adapter_model or pytorch_lora_weights.safetensors")
     weights = {"base_model.model." + re.sub(r"^(base_model\.model|unet)\.", "", name): value
@@ -956,9 +951,8 @@ def kernel_backend(config: Config) -> str | None:
 
 # -----------------------------------------------------------------------------------------------------------
 # 10. The baselines
-# What the paper compares with, on the same base, rewards, views, LoRA, optimiser and order of the data. They
-# return a loss per transition (M,) and climb the reward alone: nothing in them holds on to the prior.
-# Needs: sections 5, 7, 8, judge.
+# What the paper compares with, on the same base, rewards, views, LoRA and data. They return a loss per
+# transition (M,) and climb the reward alone: nothing in them holds on to the prior. Needs: sections 5 to 9.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -1119,8 +1113,8 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
             else:
                 judged += 0 if ddpo else len(part)
                 with phase("loss", config):
-                    loss = BASELINES[config.method](base, reward, schedule, batch, null, config, generator)
-                values = {"loss": loss}
+                    values = {"loss": BASELINES[config.method](base, reward, schedule, batch, null, config,
+                                                               generator)}
             for name, value in values.items():
                 if not value.isfinite().all():
                     where = f"{name} at sampler step {i[~value.isfinite().cpu()][0]}"
@@ -1134,8 +1128,6 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 torch.distributed.all_reduce(weight.grad)
                 weight.grad /= world
         norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
-        if not norm.isfinite():
-            stop_diverged("gradient of the LoRA weights", epoch, number, config)
         optimizer.step()
         if not all(weight.isfinite().all() for weight in weights):
             stop_diverged("LoRA weights after the step", epoch, number, config)
@@ -1164,6 +1156,7 @@ def phase(name: str, config: Config) -> Iterator[None]:
 def dry_run(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
             config: Config) -> dict:
     """One epoch of `train_epoch`, and what it cost; of big bases on a CPU one object and one transition."""
+    import resource
     on_gpu = torch.device(config.device).type == "cuda"
     if not on_gpu and config.base != "shapes":
         config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1)
@@ -1178,15 +1171,10 @@ def dry_run(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
                              "VAE": sum(weight.numel() for weight in base.vae.parameters()),
                              "LoRA, trained": sum(weight.numel() for weight in trained)},
               "seconds": SECONDS | {"all": time.perf_counter() - begun},
-              "peak_GB": (torch.cuda.max_memory_allocated() if on_gpu else peak_memory()) / 1e9}
+              "peak_GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else
+                         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}              # of kilobytes
     print(json.dumps(result, indent=1))
     return result
-
-
-def peak_memory() -> int:
-    """Bytes of main memory that this process has had at most."""
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
@@ -1255,8 +1243,7 @@ def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, pro
                    config: Config) -> list[str]:
     """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
 
-    One object each; processes share the work. Scores are saved in the run's folder as they come in, so that
-    an interrupted pass goes on where it was and a resumed run has the same prompts.
+    One object each; processes share the work. Scores are saved as they come in: a resumed run has the same.
     """
     if not config.min_quantile:
         return prompts
@@ -1390,9 +1377,10 @@ def train(config: Config) -> dict:
     after = measure(base, reward, features, schedule, test_prompts, config, config.seed, "after")
     summary = {"scorer": reward.title, "base": config.base, "method": config.method, "epochs": config.epochs,
                "updates": len(rows), "judged": rows[-1]["judged"],
-               **summarise(before, after, other, features, started)}
+               "features": features.title, **metrics.compare(before, after, other),
+               "seconds": time.perf_counter() - started}
     write_report(base, test_prompts, before, after, rows, summary, config, out)
-    print_summary(summary)
+    metrics.print_summary(summary)
     print(f"open {out / 'report.html'}, or make new objects: "
           f"python r2d3.py sample --prompts \"{test_prompts[0]}\" --run {out}")
     return summary
@@ -1409,6 +1397,8 @@ def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, 
           f"{objects} objects in {config.steps} steps and trains\n          {objects * picked} "
           f"transitions, each judged in {config.views} views of {config.view_size} pixels squared")
     print(f"prompts   {prompts} to train on, {test_prompts} x {config.samples_per_prompt} to measure")
+    if config.base == "shapes" and torch.cuda.is_available():
+        print("bigger    this GPU can run the paper's base: --base diffsplat-pixart (a large download, once)")
     print(f"results   {config.out}/" + (f" (going on after epoch {state['epoch']})" if state else ""))
 
 
@@ -1450,30 +1440,6 @@ def measure(base: DiffSplat, reward: Reward, features: Features, schedule: Noise
                           depth_normal_consistency(pictures, named).mean(1), seen[features.diversity],
                           seen[features.fid], x0))
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
-
-
-def summarise(before: Measurement, after: Measurement, reference: Measurement, features: Features,
-              started: float) -> dict:
-    """`compare`, and how it was measured."""
-    P, S = before.reward.shape
-    return {"prompts": P, "samples_per_prompt": S, "features": features.title,
-            **metrics.compare(before, after, reference), "seconds": time.perf_counter() - started}
-
-
-def print_summary(summary: dict) -> None:
-    """The before/after table, and what to think of it."""
-    print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval     of the change")
-    for name, title in METRICS.items():
-        row = summary[name]
-        (low, high), (down, up) = row["after_ci95"], row["ci95"]
-        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:.3f} .. {high:.3f}   "
-              f"{down:+.3f} .. {up:+.3f}")
-    print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
-          f"{summary['seconds']:.0f} seconds in all.")
-    if summary["alignment"]["ci95"][1] < 0:
-        print("warning: the objects fit their prompts less well; try a smaller --beta or fewer --epochs")
-    if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
-        print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")
 
 
 @torch.no_grad()
@@ -1534,7 +1500,7 @@ def sample(config: Config) -> list[Path]:
     written = []
     base.encode(prompts)                                        # an unknown word is found before any work
     for n, prompt in enumerate(prompts):
-        cond = base.encode([prompt]).expand(config.samples_per_prompt)
+        cond = base.encode([prompt] * config.samples_per_prompt)
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance,
                      seeded(config.seed, n), partial(tqdm, desc=prompt, leave=False)).x[:, -1]
         gaussians = base.decode(x0)
@@ -1573,14 +1539,15 @@ def evaluate(config: Config) -> dict:
         other = measure(*common, config.seed + 1, "the base once more, for FID")
     summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
                "seed": config.seed,
-               **summarise(before, after, other, features, started)}
+               "features": features.title, **metrics.compare(before, after, other),
+               "seconds": time.perf_counter() - started}
     out = Path(given) if given else Path(config.run or f"runs/{config.base}") / "evaluation"
     write_report(base, prompts, before, after, [], summary, config, out)
     if config.row:
         Path(config.row).parent.mkdir(parents=True, exist_ok=True)
         with open(config.row, "a") as file:
             file.write(json.dumps(summary) + "\n")
-    print_summary(summary)
+    metrics.print_summary(summary)
     print(f"open {out / 'report.html'}")
     return summary
 

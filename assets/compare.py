@@ -51,7 +51,6 @@ BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the rewar
 GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02), "dnc": (0.005, 0.01, 0.02)}
 
 ABLATIONS = {
-    "as compared": {},
     "matching score (E4)": {"matching": "score"},
     "matching score, last step never": {"matching": "score", "last_step": "never"},
     "last step stratified": {"last_step": "stratified"},

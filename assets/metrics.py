@@ -97,12 +97,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
-    """Each metric before and after, its change, and 95% intervals by a bootstrap over prompts.
+    """Each metric before and after, its change, and 95% intervals by a bootstrap over prompts; and P and S.
 
     "ci95" is that of the change. fid_to_base compares with a second draw of the base (`reference`): "before"
     is the noise floor, not 0.
     """
-    P, generator = len(before.reward), torch.Generator().manual_seed(0)
+    (P, S), generator = before.reward.shape, torch.Generator().manual_seed(0)
     draws = torch.randint(P, (1000, P), generator=generator)
 
     def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor) -> dict:
@@ -112,7 +112,7 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
                 "change": change, "ci95": changes.quantile(ends).tolist(),
                 "standard_errors": change / error if error > 1e-9 else 0.0}
 
-    result = {}
+    result = {"prompts": P, "samples_per_prompt": S}
     for name in ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity"):
         old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1)
                     for m in (before, after))
@@ -126,3 +126,19 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
     result["fid_to_base"] = entry(fid(before, every), fid(after, every), *resampled)
     result["fid_to_base"]["images"] = before.reward.numel() * before.features.shape[2]
     return result
+
+
+def print_summary(summary: dict) -> None:
+    """The before/after table, and what to think of it."""
+    print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval     of the change")
+    for name, title in METRICS.items():
+        row = summary[name]
+        (low, high), (down, up) = row["after_ci95"], row["ci95"]
+        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:.3f} .. {high:.3f}   "
+              f"{down:+.3f} .. {up:+.3f}")
+    print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
+          f"{summary['seconds']:.0f} seconds in all.")
+    if summary["alignment"]["ci95"][1] < 0:
+        print("warning: the objects fit their prompts less well; try a smaller --beta or fewer --epochs")
+    if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
+        print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")

@@ -135,7 +135,7 @@ def test_ddpo_follows_the_gradient_of_the_expected_reward(flat):  # noqa: F811
     base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
     n, i, config = 200_000, 10, changed(guidance=1.0)
     x_t = randn(1, 2, 3, seed=1).expand(n, -1, -1)
-    cond, null = base.encode(["ab"]).expand(n), base.encode([""])
+    cond, null = base.encode(["ab"] * n), base.encode([""])
     steps = torch.full((n,), i)
     with torch.no_grad():
         old = base.predict(x_t, steps, cond)

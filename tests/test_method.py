@@ -770,6 +770,7 @@ def test_compare_says_what_changed():
     before, after = randn(P, S, seed=3).float(), randn(P, S, seed=4).float() + 1
     result = metrics.compare(measurement(before, features[0]), measurement(after, features[1]),
                           measurement(before, features[2]))
+    assert (result.pop("prompts"), result.pop("samples_per_prompt")) == (P, S)
     assert set(result) == set(metrics.METRICS)
     reward, diversity, fid = (result[name] for name in ("reward", "diversity", "fid_to_base"))
     assert reward["before"] == pytest.approx(before.mean().item(), rel=1e-5)

@@ -481,7 +481,7 @@ def test_the_base_picks_the_scorer(asked_for):
     assert load("hpsv2", bare, "cpu", PAPER_BASE).title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
     assert load("normal", bare, "cpu", PAPER_BASE).title == "normal (Marigold v1-1, one step)"
     assert load("dnc", bare, "cpu", PAPER_BASE).title == "dnc (depth-normal consistency)"
-    assert asked_for == [("LaionAesthetic", "cpu", False, False), ("HPSv2", "v2.1", "cpu", False),
+    assert asked_for == [("LaionAesthetic", "cpu", False, False), ("HPSv2", "v2.1", "cpu", False, False),
                        ("MarigoldNormals", "cpu", False, False)]
 
 
