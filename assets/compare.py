@@ -122,7 +122,7 @@ TUNE = [     # seed 0, one object per prompt
 def trials(experiment: str, reward: str, seeds: list[int], quick: bool) -> list[tuple[str, dict, list[int], int]]:
     """Name, settings, marks and objects per test prompt of every trial."""
     scaled = {name: settings | {"beta": settings["beta"] * BETA[reward]} for name, settings in
-              (("nabla-R2D3", NABLA), ("nabla-R2D3, fast", FAST))}
+              (("nabla-R2D3", NABLA), ("nabla-R2D3, beta 3000", NABLA | {"beta": 3000.0}), ("nabla-R2D3, fast", FAST))}
     if experiment == "compare":
         methods = {name: (settings, [32, *EARLY[2:]]) for name, settings in scaled.items()}
         methods |= {"DRaFT-1": (DRAFT, EARLY), "DRaFT-1, fast": (DRAFT | HASTE, EARLY[:3]), "ReFL": (REFL, EARLY),
