@@ -5,7 +5,7 @@
     scorers.py    the published 2D models that judge pictures
     metrics.py    what evaluations measure
     report.py     the page that a run leaves
-    compare.py, sweep.py    experiments, whose rows are in results/
+    compare.py    the comparison of methods, its sweeps and ablations (rows in results/)
 
 and in this file what all of them share: errors that people can mend, files that are never half written.
 """

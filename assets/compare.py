@@ -318,35 +318,44 @@ def tables(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], reward: str, path: Path) -> None:
-    """Reward against evaluations, and against alignment, FID and diversity: thin lines are seeds, thick their mean."""
+    """Reward against evaluations and against what it cost: thick lines are means over seeds with 95% intervals, thin ones
+    single seeds. Costs below 0.001 are drawn at 0.001 (logarithmic axes)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    costs = {"judged": ("objects judged in training", 1, 8), "alignment": ("alignment lost", -1, 1e-3),
+             "fid_to_base": ("FID to the base gained", 1, 1e-3), "diversity": ("diversity changed (either way)", 0, 1e-3)}
+    figure = Figure(figsize=(14, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 4)
-    for number, (name, marks) in enumerate(curves(rows, reward).items()):
-        color = f"C{number}"
-        for axes, key in zip(panels, ("judged", "alignment", "fid_to_base", "diversity")):
-            def point(group: list[dict], key: str = key) -> tuple[float, float, float, float]:
-                r, r_half = spread([row["reward"]["change"] for row in group])
-                x, x_half = spread([row["judged"] if key == "judged" else row[key]["change"] for row in group])
-                return x, r, x_half, r_half
-            points = [(0.0, 0.0, 0.0, 0.0)] + [point(group) for group in marks.values()]
-            x, r, x_half, r_half = zip(*points)
-            axes.errorbar(x, r, xerr=x_half if key != "judged" else None, yerr=r_half, color=color, label=name, marker="o",
-                          markersize=3, linewidth=2, elinewidth=0.7)
+    panels, colors = figure.subplots(1, 4, sharey=True), {"nabla": "C0", "draft": "C1", "refl": "C2", "ddpo": "C7"}
+    top = 0.0
+    for name, marks in curves(rows, reward).items():
+        group = next(iter(marks.values()))
+        style = {"color": colors[group[0]["settings"]["method"]],
+                 "linestyle": ":" if "fast" in name else "--" if "beta" in name else "-"}
+        for axes, (key, (_, sign, least)) in zip(panels, costs.items()):
+            def cost(row: dict, key: str = key, sign: int = sign) -> float:
+                value = row["judged"] if key == "judged" else row[key]["change"]
+                return abs(value) if sign == 0 else sign * value
+            drawn = []
+            for group in marks.values():
+                gain, half = spread([row["reward"]["change"] for row in group])
+                x, x_half = spread([cost(row) for row in group])
+                drawn.append((max(x, least), gain, min(x_half, x - least) if x > least else 0.0, x_half, half))
+                top = max(top, gain)
+            x, gain, left, right, half = zip(*drawn)
+            axes.errorbar(x, gain, xerr=None if key == "judged" else (left, right), yerr=half, label=name, marker="o",
+                          markersize=4, linewidth=2, elinewidth=0.6, alpha=0.9, **style)
             for seed in {row["settings"]["seed"] for group in marks.values() for row in group}:
-                own = [(0.0, 0.0, 0.0, 0.0)] + [point([row]) for group in marks.values() for row in group
-                                               if row["settings"]["seed"] == seed]
-                axes.plot([p[0] for p in own], [p[1] for p in own], color=color, linewidth=0.6, alpha=0.5)
-    titles = {"judged": "objects judged in training", "alignment": "change of alignment", "fid_to_base": "change of FID to the base",
-              "diversity": "change of diversity"}
-    for axes, key in zip(panels, titles):
-        axes.set(xlabel=titles[key])
+                own = [row for group in marks.values() for row in group if row["settings"]["seed"] == seed]
+                axes.plot([max(cost(row), least) for row in own], [row["reward"]["change"] for row in own], linewidth=0.5,
+                          alpha=0.5, **style)
+    for axes, (title, _, least) in zip(panels, costs.values()):
+        axes.set(xlabel=title, xscale="log", ylim=(-0.1 * top, 1.15 * top))
+        axes.set_xlim(left=0.8 * least)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")
-    panels[0].legend(fontsize=8)
-    r2d3.write_atomic(path, r2d3.to_bytes(lambda file: figure.savefig(file, format="png", dpi=110)))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
+    r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 
 def main() -> None:
