@@ -100,7 +100,8 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
     """Each metric before and after, its change, and 95% intervals by a bootstrap over prompts; and P and S.
 
     "ci95" is that of the change. fid_to_base compares with a second draw of the base (`reference`): "before"
-    is the noise floor, not 0.
+    is the noise floor, not 0; resamples have fewer different prompts and larger distances, so their spread is
+    put around the value.
     """
     (P, S), generator = before.reward.shape, torch.Generator().manual_seed(0)
     draws = torch.randint(P, (1000, P), generator=generator)
@@ -122,8 +123,10 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
         return frechet_distance(*(m.fid_features[rows].flatten(0, 2) for m in (measured, reference)))
 
     every = torch.arange(P)
+    old, new = fid(before, every), fid(after, every)
     resampled = (torch.stack([fid(measured, rows) for rows in draws[:100]]) for measured in (before, after))
-    result["fid_to_base"] = entry(fid(before, every), fid(after, every), *resampled)
+    centred = (drawn - drawn.mean() + value for drawn, value in zip(resampled, (old, new)))
+    result["fid_to_base"] = entry(old, new, *centred)
     result["fid_to_base"]["images"] = before.reward.numel() * before.features.shape[2]
     return result
 

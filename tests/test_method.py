@@ -783,7 +783,8 @@ def test_compare_says_what_changed():
     for row in result.values():
         assert row["change"] == pytest.approx(row["after"] - row["before"], rel=1e-4, abs=1e-7)
         assert row["ci95"][0] <= row["ci95"][1] and row["after_ci95"][0] <= row["after_ci95"][1]
-        assert row["after_ci95"][0] - 1e-6 <= row["after"] <= row["after_ci95"][1] + 1e-6 or row is fid
+        assert row["after_ci95"][0] - 1e-6 <= row["after"] <= row["after_ci95"][1] + 1e-6
+        assert row["ci95"][0] - 1e-6 <= row["change"] <= row["ci95"][1] + 1e-6
     unchanged = result["coverage"]
     assert unchanged["change"] == 0 and unchanged["ci95"] == [0, 0] and unchanged["standard_errors"] == 0
     # the bootstrap's spread is that of a mean over prompts
