@@ -520,6 +520,10 @@ class DiffSplat:
         """Prompts as the network takes them."""
         return Cond(*self.text(prompts))
 
+    def prepare(self, prompts: list[str]) -> None:
+        """Check, and encode where that is slow, all prompts of a run before it begins."""
+        getattr(self.text, "prepare", self.text)(prompts)
+
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Noise in x (B, V, C, h, w) at timesteps t (B,): eps like x, whatever the network predicts."""
         B, V, C = x.shape[:3]
@@ -1317,7 +1321,7 @@ def train(config: Config) -> dict:
     config, state = (config, None) if config.dry_run else open_run(config, digest)
     base = load_base(config, config.device)
     reward = load_reward(config.reward, base, config.device, config)
-    base.encode(prompts + test_prompts)                         # an unknown word is found before any work
+    base.prepare([*prompts, *test_prompts, ""])
     null = base.encode([""])
     with fetching("the networks that measure", "0.6 GB"):
         features = metrics.load_features(base.tower, config.device)
@@ -1498,7 +1502,7 @@ def sample(config: Config) -> list[Path]:
     config, base = load_run(config)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     written = []
-    base.encode(prompts)                                        # an unknown word is found before any work
+    base.prepare([*prompts, ""])
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt] * config.samples_per_prompt)
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance,

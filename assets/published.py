@@ -157,33 +157,36 @@ class TextEncoder:
         self.subfolders = not self.clip or own
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2d3/text"
-        self.memory = {}
 
     def path(self, prompt: str) -> Path:
         key = hashlib.sha256(repr((self.source, str(self.dtype), self.length, prompt)).encode()).hexdigest()
         return self.cache / key[:2] / f"{key}.safetensors"
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        new = []
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.memory:
-                try:
-                    self.memory[prompt] = load_file(self.path(prompt))["embeds"]
-                except (OSError, SafetensorError):
-                    new.append(prompt)
-        if new:
-            with fetching(*self.what):
-                self.encode(new)
-        rows = [self.memory[prompt] for prompt in prompts]
+        self.prepare(prompts)
+        rows = [self.read(prompt) for prompt in prompts]
         embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, self.length - len(row))) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return embeds, None if self.clip else torch.arange(self.length) < lengths[:, None]
 
+    def prepare(self, prompts: list[str]) -> None:
+        """Encode what is not on disk yet; nothing is kept in memory, prompt lists may be long."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if self.read(prompt) is None]:
+            with fetching(*self.what):
+                self.encode(new)
+
+    def read(self, prompt: str) -> Tensor | None:
+        """(L, D) of the valid tokens; None if there is no such file, or only part of it."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try:
+            return load_file(self.path(prompt))["embeds"]
+        except (OSError, SafetensorError):
+            return None
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> None:
-        """Fill memory and disk."""
+        """Fill the cache on disk."""
         from safetensors.torch import save
         from tqdm import tqdm
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
@@ -198,8 +201,7 @@ class TextEncoder:
             ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
             embeds = model(ids)[0] if self.clip else model(ids, attention_mask=mask)[0]
             for prompt, row, valid in zip(part, embeds.cpu(), mask.sum(1).tolist()):
-                self.memory[prompt] = (row if self.clip else row[:valid]).contiguous()
-                write_atomic(self.path(prompt), save({"embeds": self.memory[prompt]}))
+                write_atomic(self.path(prompt), save({"embeds": (row if self.clip else row[:valid]).clone()}))
         del model
         gc.collect()
         if torch.cuda.is_available():
