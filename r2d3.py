@@ -222,9 +222,6 @@ def resolve(config: Config) -> Config:
         raise UserError("--view-size and --eval-size must be at least 8 pixels")
     if config.steps == 1 and config.last_step == "never":
         raise UserError("--steps 1 with --last-step never leaves nothing to train; use more steps")
-    few = config.last_step == "always" and int(config.steps * config.fraction + 1e-9) < 2
-    if config.method == "nabla" and config.skip_below and few:
-        raise UserError("only the last step would be trained, where the reward counts little; raise --fraction")
     if config.draft_noises and config.draft_steps > 1:
         raise UserError("--draft-noises is DRaFT-LV, which has one step; leave --draft-steps out")
     return config
@@ -1110,7 +1107,7 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 g, score = gradients[key]
                 with phase("matching", config):
                     match, reg = nabla_loss(base, schedule, batch, null, g, config)
-                values = {"loss": match + config.lam * reg, "match": match, "reg": reg, "reward": score,
+                values = {"reward": score, "loss": match + config.lam * reg, "match": match, "reg": reg,
                           "reward_gradient": g.square().flatten(1).mean(1).sqrt()}
             else:
                 judged += 0 if ddpo else len(part)
@@ -1313,6 +1310,9 @@ def train(config: Config) -> dict:
     if config.run is not None:
         raise UserError("--run is for sample and evaluate; to train longer use --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
+    few = config.last_step == "always" and int(config.steps * config.fraction + 1e-9) < 2
+    if config.method == "nabla" and config.skip_below and few:
+        raise UserError("only the last step would be trained, where no reward is heard; raise --fraction")
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
     config, state = (config, None) if config.dry_run else open_run(config, digest)
