@@ -314,3 +314,19 @@ def test_features_without_network(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda *args, **more: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(r2d3.UserError, match="network"), r2d3.fetching("the networks that measure", "0.6 GB"):
         metrics.load_features(None, "cpu")
+
+
+def test_a_turntable_turns_once_around():
+    from io import BytesIO
+
+    from PIL import Image
+    g = r2d3.Gaussians(torch.tensor([[[0.2, 0.0, 0.0]]]), torch.full((1, 1, 3), 0.05), torch.tensor([[[1.0, 0, 0, 0]]]),
+                       torch.ones(1, 1), torch.zeros(1, 1, 3))
+    full = Image.open(BytesIO(r2d3.turntable.func(g, 32)))      # conftest.py shortens the others
+    assert full.n_frames == 36 and full.size == (32, 32)
+    darkest = []
+    for frame in range(36):
+        full.seek(frame)
+        rows = torch.tensor(list(full.convert("L").getdata())).view(32, 32).sum(0)
+        darkest.append(int(rows.argmin()))
+    assert min(darkest) < 12 and max(darkest) > 20 and abs(darkest[0] - darkest[-1]) <= 2   # to both sides, and back
