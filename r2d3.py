@@ -195,7 +195,7 @@ def resolve(config: Config) -> Config:
     filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
     for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
         path = filled.get(name, getattr(config, name))
-        if path and os.path.isfile(path):
+        if path and path != "random" and (os.path.isfile(path) or os.path.isdir(path) and name == "weights"):
             filled[name] = str(Path(path).resolve())
     config = dataclasses.replace(config, **filled)
     try:
@@ -1313,8 +1313,8 @@ def train(config: Config) -> dict:
     from peft import set_peft_model_state_dict
     from tqdm import tqdm
     started = time.perf_counter()
-    if config.run is not None:
-        raise UserError("--run is for sample and evaluate; to train longer use --resume, --epochs")
+    if config.run is not None or config.lora is not None:
+        raise UserError("--run and --lora are for sample and evaluate; to train longer: --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
@@ -1323,14 +1323,14 @@ def train(config: Config) -> dict:
     reward = load_reward(config.reward, base, config.device, config)
     base.prepare([*prompts, *test_prompts, ""])
     null = base.encode([""])
-    with fetching("the networks that measure", "0.6 GB"):
-        features = metrics.load_features(base.tower, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
     reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])  # cannot be trained? found before work
     if config.dry_run:
         return dry_run(base, reward, schedule, prompts, null, config)
+    with fetching("the networks that measure", "0.6 GB"):
+        features = metrics.load_features(base.tower, config.device)
     out, quiet = Path(config.out), rank > 0
     if not quiet:
         print_plan(config, reward, len(prompts), len(test_prompts), world, state)
