@@ -547,9 +547,9 @@ class DiffSplat:
             return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
 
         z = (x0 * self.latent_std + self.latent_mean).flatten(0, 1)
-        if self.image_size > 64:        # an object at a time; activations are computed again for gradients
+        if self.image_size > 64:        # a view at a time; activations are computed again for gradients
             from torch.utils.checkpoint import checkpoint
-            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(self.views)])
+            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(1)])
         else:
             grid = decode(z)
         B = x0.shape[0]

@@ -4,6 +4,7 @@ text is encoded once, and whatever is wrong with a folder is one sentence. Tiny,
 import json
 import shutil
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_decoding_is_the_recorded_one(name, folder):
     base = load(name, folder)
     x0 = d["z_scaled"][None]                                    # as the denoiser has it: both folders hold the recorded config
     assert close(x0[0] * base.latent_std + base.latent_mean, d["latents"], 1e-6)
-    for size in (16, 256):                                      # at once, or an object at a time
+    for size in (16, 256):                                      # at once, or a view at a time
         base.image_size = size
         got = base.decode(torch.cat([x0, x0.flip(1)]))
         for ours, theirs in (("means", "xyz"), ("scales", "scale"), ("quats", "rotation"), ("colors", "rgb")):
@@ -173,6 +174,25 @@ def test_decoding_is_the_recorded_one(name, folder):
     for base.image_size in (16, 256):
         gradients.append(torch.autograd.grad(base.decode(x).colors.square().sum(), x)[0])
     assert close(gradients[0], gradients[1], 1e-5) and gradients[0].abs().max() > 0
+
+
+def test_decoding_keeps_little_for_its_gradient(name, folder):
+    """A view at a time, computed again: what is kept is the latents and what the splats need. Measured 4.7 and 0.03 MB."""
+    base, kept = load(name, folder), []
+    x = torch.randn(2, *base.latent_shape, generator=seeded(0)).requires_grad_()
+    weights = {weight.untyped_storage().data_ptr() for weight in base.vae.parameters()}
+    for base.image_size in (16, 256):
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            gaussians = base.decode(x)                          # alive while it is counted, so are all storages
+        kept.append(sum(size for place, size in sizes.items() if place not in weights))
+        assert gaussians.means.requires_grad
+    assert kept[1] < 0.1 * kept[0], kept
 
 
 def test_a_trajectory_is_the_recorded_one(monkeypatch):
@@ -372,7 +392,13 @@ def test_prompts_are_encoded_once(name, folder, monkeypatch):
     import transformers
     cls = transformers.T5EncoderModel if name == "diffsplat-pixart" else transformers.CLIPTextModel
     loaded, real = [], cls.from_pretrained
-    monkeypatch.setattr(cls, "from_pretrained", lambda *args, **more: loaded.append(args) or real(*args, **more))
+
+    def from_pretrained(*args, **more):
+        model = real(*args, **more)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
     base = load(name, folder)
     assert not loaded                                           # only when text is encoded
     prompts = ["a red lamp", "a blue cube with two arms", "", "a red lamp"]
@@ -401,6 +427,9 @@ def test_prompts_are_encoded_once(name, folder, monkeypatch):
     assert not [path for path in files if "part" in path.name]
     again.encode(["a red cube"])
     assert len(loaded) == 3                                     # a new prompt
+    row, = again.encode(["  A Red lamp "]).embeds               # PixArt's pipeline strips and lowers, that of SD1.5 does not
+    assert close(row, embeds[0], 1e-5) == (name == "diffsplat-pixart")
+    assert len(loaded) == 4 and not any(model() for model in loaded)    # and every time the encoder is gone afterwards
 
 
 def test_another_text_encoder_in_the_same_place(name, folder, tmp_path):
