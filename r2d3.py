@@ -115,7 +115,7 @@ class Config:
     seed: int = 0  # everything random in a run follows from it
     device: str | None = None  # cpu, cuda, cuda:1, mps; None: cuda where there is one, else cpu
     dry_run: bool = False  # one epoch, nothing saved: parameters, seconds by phase, memory; less on a CPU
-    backend: Literal["auto", "torch", "triton"] = "auto"  # of the kernels; auto: triton on a GPU
+    backend: Literal["torch", "triton"] | None = None  # of the kernels; None: triton on a GPU
 
     epochs: int | None = None  # passes of sampling and training; None: by base
     batch_size: int | None = None  # objects sampled per epoch and process; None: by base
@@ -907,7 +907,7 @@ def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], confi
           generator: torch.Generator) -> tuple[Tensor, Render]:
     """Rewards (M,) of clean latents, mean over randomly placed cameras, and the pictures that were judged."""
     cameras = sample_cameras(len(x0), config.views, config.elevation_range, config.azimuth_range, generator)
-    pictures = render(base.decode(x0), *cameras, config.view_size, kernel_backend(config))
+    pictures = render(base.decode(x0), *cameras, config.view_size, config.backend)
     noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
     pictures = pictures._replace(image=pictures.image + noise.to(pictures.image))
     return reward(pictures, prompts).mean(1), pictures
@@ -945,12 +945,7 @@ def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, nul
     eps_uncond, eps_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
     k, weight = match_weights(schedule, batch.i, config)
     return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, batch.eps_old, g, guidance,
-                             k.to(g), weight.to(g), backend=kernel_backend(config))
-
-
-def kernel_backend(config: Config) -> str | None:
-    """What kernels.* call their backend."""
-    return None if config.backend == "auto" else config.backend
+                             k.to(g), weight.to(g), backend=config.backend)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1112,7 +1107,7 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 g, score = gradients[key]
                 with phase("matching", config):
                     match, reg = nabla_loss(base, schedule, batch, null, g, config)
-                values = {"loss": match + config.lam * reg, "match": match, "reg": reg, "reward": score,
+                values = {"reward": score, "loss": match + config.lam * reg, "match": match, "reg": reg,
                           "reward_gradient": g.square().flatten(1).mean(1).sqrt()}
             else:
                 judged += 0 if ddpo else len(part)
@@ -1194,9 +1189,8 @@ FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device"}
 
 
 def open_run(config: Config, prompts: str) -> tuple[Config, dict | None]:
-    """Check that the output folder is ours to write to. `prompts` is the digest of the prompt lists.
-
-    Returns the config, in which None now means what the run had, and the checkpoint to go on from, or None.
+    """Check that the folder is ours to write to; `prompts` is the digest of the prompt lists. Returns the
+    config, in which None now means what the run had, and the checkpoint to go on from, or None.
     """
     out = Path(config.out)
     checkpoint = out / "checkpoint/state.pt"
@@ -1316,6 +1310,9 @@ def train(config: Config) -> dict:
     if config.run is not None or config.lora is not None:
         raise UserError("--run and --lora are for sample and evaluate; to train longer: --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
+    few = config.last_step == "always" and int(config.steps * config.fraction + 1e-9) < 2
+    if config.method == "nabla" and config.skip_below and few:
+        raise UserError("only the last step would be trained, where no reward is heard; raise --fraction")
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
     config, state = (config, None) if config.dry_run else open_run(config, digest)
@@ -1361,7 +1358,7 @@ def train(config: Config) -> dict:
     if state:
         set_peft_model_state_dict(base.net, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
-        rows, first, history = state["rows"], state["epoch"], state["history"]
+        rows, first, history = state["rows"], state["epoch"], state.get("history", {})
 
     total = config.epochs * config.updates_per_epoch * config.updates_per_gradient
     with tqdm(total=total, initial=len(rows), desc="fine-tuning", disable=quiet) as updates:
@@ -1433,7 +1430,7 @@ def measure(base: DiffSplat, reward: Reward, features: Features, schedule: Noise
             cond, generator = base.encode(named), seeded(seed, number)
             x0 = rollout(base, schedule, cond, null, config.guidance, generator, count).x[:, -1]
             cameras = input_cameras(len(rows))
-            pictures = render(base.decode(x0), *cameras, config.eval_size, kernel_backend(config))
+            pictures = render(base.decode(x0), *cameras, config.eval_size, config.backend)
             images = pictures.image.flatten(0, 1)
             seen = {see: see(images).unflatten(0, (len(rows), -1))
                     for see in {features.image, features.diversity, features.fid}}
@@ -1465,12 +1462,12 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
     cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
     with torch.no_grad():
         objects = [base.decode(m.latents[shown, 0].to(base.device)) for m in (before, after)]
-        pictures = [render(one, *cameras, 144, kernel_backend(config)).image[:, 0].cpu() for one in objects]
+        pictures = [render(one, *cameras, 144, config.backend).image[:, 0].cpu() for one in objects]
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1))
     settings = json.dumps(dataclasses.asdict(config), indent=1)
     for name, content in report.files(*pictures, [prompts[n] for n in shown],
-                                      turntable(both, backend=kernel_backend(config)), rows, summary, METRICS,
+                                      turntable(both, backend=config.backend), rows, summary, METRICS,
                                       f"{config.reward} on {config.base}", settings).items():
         write_atomic(out / name, content)
 
@@ -1508,7 +1505,7 @@ def sample(config: Config) -> list[Path]:
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance,
                      seeded(config.seed, n), partial(tqdm, desc=prompt, leave=False)).x[:, -1]
         gaussians = base.decode(x0)
-        pictures = render(gaussians, *input_cameras(len(x0)), 256, kernel_backend(config)).image
+        pictures = render(gaussians, *input_cameras(len(x0)), 256, config.backend).image
         for s in range(len(x0)):
             name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
             path = folder / f"{name}-seed{config.seed}-{s}.ply"
@@ -1517,7 +1514,7 @@ def sample(config: Config) -> list[Path]:
             one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
             save_ply(path, one)
             write_atomic(path.with_suffix(".png"), report.png(report.picture_rows(pictures[s:s + 1])))
-            write_atomic(path.with_suffix(".gif"), turntable(one, 256, backend=kernel_backend(config)))
+            write_atomic(path.with_suffix(".gif"), turntable(one, 256, backend=config.backend))
             print(path)
             written.append(path)
     return written

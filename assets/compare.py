@@ -71,7 +71,6 @@ ABLATIONS = {
     "4 updates per epoch": {"updates_per_epoch": 4},
     "each gradient used twice": {"updates_per_gradient": 2},
     "beta 300": {"beta": 300.0},
-    "beta 3000": {"beta": 3000.0},
 }
 
 TUNE = [     # seed 0, one object per prompt
@@ -327,7 +326,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
     figure = Figure(figsize=(14, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels, colors = figure.subplots(1, 4, sharey=True), {"nabla": "C0", "draft": "C1", "refl": "C2", "ddpo": "C7"}
-    top = 0.0
+    low = top = 0.0
     for name, marks in curves(rows, reward).items():
         group = next(iter(marks.values()))
         style = {"color": colors[group[0]["settings"]["method"]],
@@ -341,7 +340,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
                 gain, half = spread([row["reward"]["change"] for row in group])
                 x, x_half = spread([cost(row) for row in group])
                 drawn.append((max(x, least), gain, min(x_half, x - least) if x > least else 0.0, x_half, half))
-                top = max(top, gain)
+                low, top = min(low, gain), max(top, gain)
             x, gain, left, right, half = zip(*drawn)
             axes.errorbar(x, gain, xerr=None if key == "judged" else (left, right), yerr=half, label=name, marker="o",
                           markersize=4, linewidth=2, elinewidth=0.6, alpha=0.9, **style)
@@ -350,7 +349,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
                 axes.plot([max(cost(row), least) for row in own], [row["reward"]["change"] for row in own], linewidth=0.5,
                           alpha=0.5, **style)
     for axes, (title, _, least) in zip(panels, costs.values()):
-        axes.set(xlabel=title, xscale="log", ylim=(-0.1 * top, 1.15 * top))
+        axes.set(xlabel=title, xscale="log", ylim=(1.15 * low - 0.15 * top, 1.15 * top - 0.15 * low))
         axes.set_xlim(left=0.8 * least)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")

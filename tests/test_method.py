@@ -489,7 +489,7 @@ def test_guidance():
     assert close(r2d3.guide(without, text, 3.0), 3 * text - 2 * without)
     base = Base()
     cond, null, x, t = base.encode(PROMPTS), base.encode([""]), randn(4, 2, 3), torch.arange(4)
-    alone = base.predict(x, t, cond), base.predict(x, t, null.expand(4))
+    alone = base.predict(x, t, cond), base.predict(x, t, base.encode([""] * 4))
     halves = r2d3.predict_both(base, x, t, cond, null, 2.0)
     assert close(halves[0], alone[1]) and close(halves[1], alone[0]) and not close(halves[0], alone[0], 1e-2)
     none, text = r2d3.predict_both(base, x, t, cond, null, 1.0)
