@@ -195,7 +195,7 @@ def resolve(config: Config) -> Config:
     filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
     for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
         path = filled.get(name, getattr(config, name))
-        if path and os.path.isfile(path):
+        if path and path != "random" and (os.path.isfile(path) or os.path.isdir(path) and name == "weights"):
             filled[name] = str(Path(path).resolve())
     config = dataclasses.replace(config, **filled)
     try:
@@ -547,9 +547,9 @@ class DiffSplat:
             return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
 
         z = (x0 * self.latent_std + self.latent_mean).flatten(0, 1)
-        if self.image_size > 64:        # an object at a time; activations are computed again for gradients
+        if self.image_size > 64:        # a view at a time; activations are computed again for gradients
             from torch.utils.checkpoint import checkpoint
-            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(self.views)])
+            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(1)])
         else:
             grid = decode(z)
         B = x0.shape[0]
@@ -1307,8 +1307,8 @@ def train(config: Config) -> dict:
     from peft import set_peft_model_state_dict
     from tqdm import tqdm
     started = time.perf_counter()
-    if config.run is not None:
-        raise UserError("--run is for sample and evaluate; to train longer use --resume, --epochs")
+    if config.run is not None or config.lora is not None:
+        raise UserError("--run and --lora are for sample and evaluate; to train longer: --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
     few = config.last_step == "always" and int(config.steps * config.fraction + 1e-9) < 2
     if config.method == "nabla" and config.skip_below and few:
@@ -1320,14 +1320,14 @@ def train(config: Config) -> dict:
     reward = load_reward(config.reward, base, config.device, config)
     base.prepare([*prompts, *test_prompts, ""])
     null = base.encode([""])
-    with fetching("the networks that measure", "0.6 GB"):
-        features = metrics.load_features(base.tower, config.device)
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
     reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])  # cannot be trained? found before work
     if config.dry_run:
         return dry_run(base, reward, schedule, prompts, null, config)
+    with fetching("the networks that measure", "0.6 GB"):
+        features = metrics.load_features(base.tower, config.device)
     out, quiet = Path(config.out), rank > 0
     if not quiet:
         print_plan(config, reward, len(prompts), len(test_prompts), world, state)

@@ -11,7 +11,9 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,9 +49,12 @@ def download(base: str) -> Path:
     """The folder in the Hugging Face cache with the two checkpoints of `base`; only they are fetched, with progress bars."""
     from huggingface_hub import snapshot_download
     about = PUBLISHED[base]
+    net, vae = f"{about['net']}/checkpoints/*/{about['part']}", f"{about['vae']}/checkpoints/*/model.safetensors"
     try:
-        return Path(snapshot_download(REPO, allow_patterns=[f"{about['net']}/checkpoints/*/{about['part']}/*",
-                                                            f"{about['vae']}/checkpoints/*/model.safetensors"]))
+        root = Path(snapshot_download(REPO, allow_patterns=[f"{net}/*", vae]))
+        if not (any(root.glob(f"{net}/*.safetensors")) and any(root.glob(vae))):    # offline, what is cached is another base
+            raise FileNotFoundError
+        return root
     except Exception as error:
         raise UserError(f"the weights of {base} are not here and could not be fetched ({type(error).__name__}): about "
                         f"{about['download']}, once, or --weights DIR\n      leave out --base to run now, with the embedded "
@@ -64,13 +69,17 @@ def load(base: str, weights: str | None, device: torch.device | str) -> dict:
     """
     about = PUBLISHED[base]
     if weights == "random":
-        encode, net = random_text(base), build(about["net_config"])
-        vae = build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
+        encode = random_text(base, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)                                # the same in every process and after a break
+            net, vae = build(about["net_config"]), build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
     else:
         net, vae = load_networks(base, Path(weights) if weights else download(base))
         encode = TextEncoder(base, Path(weights) if weights else None, device)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return {"net": net.to(dtype), "vae": vae.to(dtype), "text": encode, "image_size": min(256, vae.config.sample_size),
+    for network in (net, vae):
+        nn.Module.to(network, dtype)                            # diffusers' own .to warns of nothing
+    return {"net": net, "vae": vae, "text": encode, "image_size": min(256, vae.config.sample_size),
             "prediction_type": "epsilon", "guidance": 7.5, "betas": about["betas"],
             "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),
             "latent_std": torch.tensor(1 / vae.config.scaling_factor), "scale_range": (0.0005, 0.02), "depth_scale": 1.0,
@@ -81,43 +90,50 @@ def load_networks(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
     """Denoiser and VAE from a folder laid out like the published repo."""
     about = PUBLISHED[base]
     folder = newest(root, about["net"], "gsdiff_*", about["part"])
-    net = read_network(json.loads(text(folder / "config.json")), tensors(folder))
+    config, wanted = read_config(folder / "config.json"), about["net_config"]["_class_name"]
+    if str(config.get("_class_name")).replace("MV2D", "2D") != wanted:
+        raise UserError(f"{folder}/config.json is that of a {config.get('_class_name')}; {base} is a {wanted}")
+    net = read_network(config, tensors(folder), folder)
     file = newest(root, about["vae"], "gsvae_*", "model.safetensors")
     weights = {name.removeprefix("vae."): value for name, value in load_weights(file)[0].items() if name.startswith("vae.")}
     own = root / "vae/config.json"
-    config = about["vae_config"] | (json.loads(text(own)) if own.is_file() else {})
+    config = about["vae_config"] | (read_config(own) if own.is_file() else {})
     # 12 channels, whatever the config says: it is that of the image VAE it was made from
-    vae = read_network(config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12}, weights, str(file))
-    return net, vae
+    return net, read_network(config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12}, weights, file)
 
 
 def newest(root: Path, name: str, pattern: str, part: str) -> Path:
-    """root/NAME/checkpoints/NNNNNN/part with the highest number; NAME as published, or whatever fits the pattern."""
+    """root/NAME/checkpoints/NNNNNN/part with the highest number; NAME as published, or the one that fits the pattern."""
     for folders in (name, pattern):
-        found = sorted(root.glob(f"{folders}/checkpoints/*/{part}"), key=lambda path: path.parent.name)
-        if found:
-            return found[-1]
+        found = [path for path in root.glob(f"{folders}/checkpoints/*/{part}") if path.parent.name.isdigit()]
+        if len({path.parents[2] for path in found}) == 1:
+            return max(found, key=lambda path: int(path.parent.name))
     raise UserError(f"there is no {name}/checkpoints/NNNNNN/{part} in {root}; lay it out like {REPO} on the "
                      "Hugging Face hub")
 
 
-def text(path: Path) -> str:
+def read_config(path: Path) -> dict:
     try:
-        return path.read_text()
-    except OSError:
+        return dict(**json.loads(path.read_text()))
+    except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read, is the file complete? ({error})") from None
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """All of a folder's weights, in one file or in shards, with or without their index."""
-    files = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        if missing := set(json.loads(index.read_text())["weight_map"].values()) - files:
-            if not files & {index.name.removesuffix(".index.json")}:             # the shards may have been merged
-                raise UserError(f"{folder} lacks the shard {min(missing)}")
-    if not files:
-        raise UserError(f"there are no .safetensors files in {folder}")
-    return {name: value for file in sorted(files) for name, value in load_weights(folder / file)[0].items()}
+    """A network's weights, in one file or in shards (their names say how many there are; an index is not needed)."""
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    if whole.is_file():                                         # shards may lie beside what they were merged into
+        return load_weights(whole)[0]
+    shards = {int(match[1]): path for path in folder.glob("*.safetensors")
+              if (match := re.search(r"-(\d+)-of-\d+\.safetensors$", path.name))}
+    if not shards:
+        raise UserError(f"there is no {whole.name}, whole or in shards, in {folder}")
+    count = int(re.search(r"(\d+)\.safetensors$", next(iter(shards.values())).name)[1])
+    if missing := set(range(1, count + 1)) - set(shards):
+        raise UserError(f"{folder} lacks the shard {min(missing)} of {count}")
+    return {name: value for path in shards.values() for name, value in load_weights(path)[0].items()}
 
 
 def build(config: dict) -> nn.Module:
@@ -128,11 +144,14 @@ def build(config: dict) -> nn.Module:
     return cls(**{name: value for name, value in config.items() if name in inspect.signature(cls.__init__).parameters})
 
 
-def read_network(config: dict, weights: dict[str, Tensor], where: str = "") -> nn.Module:
+def read_network(config: dict, weights: dict[str, Tensor], where: Path) -> nn.Module:
     for name in ("conv_in.weight", "pos_embed.proj.weight"):    # the Pluecker rays' channels may not be in the config
         if name in weights:
             config = config | {"in_channels": weights[name].shape[1]}
-    net = build(config)
+    try:
+        net = build(config)
+    except Exception as error:
+        raise UserError(f"{where}: no {config['_class_name']} can be made from its config.json ({error})") from None
     try:
         net.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as error:
@@ -152,9 +171,10 @@ class TextEncoder:
         about = PUBLISHED[base]
         self.clip, self.length, self.device = base == "diffsplat-sd15", about["length"], device
         self.what = f"the text encoder of {base}", f"about {about['download']} with the weights"
-        own = root and (root / "text_encoder").is_dir()
-        self.source = str(root.resolve()) if own else about["text"]
-        self.subfolders = not self.clip or own
+        self.repo, self.root = about["text"], root
+        self.source = self.repo, [(str(path), path.stat().st_size, path.stat().st_mtime_ns)     # other files, other key
+                                  for part in ("text_encoder", "tokenizer") if root
+                                  for path in sorted((root.resolve() / part).glob("*"))]
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2d3/text"
 
@@ -167,7 +187,8 @@ class TextEncoder:
         rows = [self.read(prompt) for prompt in prompts]
         embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, self.length - len(row))) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
-        return embeds, None if self.clip else torch.arange(self.length) < lengths[:, None]
+        mask = None if self.clip else (torch.arange(self.length) < lengths[:, None]).to(self.device)
+        return embeds.to(self.device), mask
 
     def prepare(self, prompts: list[str]) -> None:
         """Encode what is not on disk yet; nothing is kept in memory, prompt lists may be long."""
@@ -184,22 +205,52 @@ class TextEncoder:
         except (OSError, SafetensorError):
             return None
 
+    def place(self, part: str) -> dict:
+        """Where from_pretrained finds "text_encoder" or "tokenizer": in our own folder if there, else on the hub."""
+        if self.root and (self.root / part).is_dir():
+            return {"pretrained_model_name_or_path": str(self.root / part)}
+        return {"pretrained_model_name_or_path": self.repo} | ({} if self.clip else {"subfolder": part})
+
+    def tokenizer(self) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
+        """Prompts -> token numbers (B, L), mask (B, L).
+
+        T5's is published as a sentencepiece model only. It is used as it is: transformers converts it with a newer
+        protobuf than the package hpsv2 allows.
+        """
+        from huggingface_hub import hf_hub_download
+        from transformers import AutoTokenizer
+        place = self.place("tokenizer")
+        own = Path(place["pretrained_model_name_or_path"])
+        if self.clip or (own / "tokenizer.json").is_file():
+            stock = AutoTokenizer.from_pretrained(**place)
+
+            def tokens(prompts: list[str]) -> tuple[Tensor, Tensor]:
+                found = stock(prompts, padding="max_length" if self.clip else "longest", max_length=self.length,
+                              truncation=True, return_tensors="pt")
+                return found.input_ids, found.attention_mask
+            return tokens
+        from sentencepiece import SentencePieceProcessor
+        file = own / "spiece.model" if own.is_dir() else hf_hub_download(self.repo, "tokenizer/spiece.model")
+        pieces = SentencePieceProcessor(model_file=str(file))
+
+        def tokens(prompts: list[str]) -> tuple[Tensor, Tensor]:
+            rows = [torch.tensor(ids[:self.length - 1] + [pieces.eos_id()]) for ids in pieces.encode(prompts)]
+            pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+            return pad(rows, padding_value=pieces.pad_id()), pad([torch.ones_like(row) for row in rows])
+        return tokens
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> None:
         """Fill the cache on disk."""
         from safetensors.torch import save
         from tqdm import tqdm
-        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-        inside = {"subfolder": "text_encoder"} if self.subfolders else {}
-        cls = CLIPTextModel if self.clip else T5EncoderModel
-        tokenizer = AutoTokenizer.from_pretrained(self.source, **({"subfolder": "tokenizer"} if self.subfolders else {}))
-        model = cls.from_pretrained(self.source, dtype=self.dtype, **inside).to(self.device).eval()
+        from transformers import CLIPTextModel, T5EncoderModel
+        tokenizer, cls = self.tokenizer(), CLIPTextModel if self.clip else T5EncoderModel
+        model = cls.from_pretrained(**self.place("text_encoder"), dtype=self.dtype).to(self.device).eval()
         for n in tqdm(range(0, len(prompts), 32), "encoding prompts", leave=False, disable=len(prompts) < 64):
             part = prompts[n:n + 32]
-            words = [prompt if self.clip else prompt.lower().strip() for prompt in part]    # as PixArt's pipeline has it
-            tokens = tokenizer(words, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
-            ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-            embeds = model(ids)[0] if self.clip else model(ids, attention_mask=mask)[0]
+            ids, mask = tokenizer([prompt if self.clip else prompt.lower().strip() for prompt in part])     # as published
+            embeds = model(ids.to(self.device), attention_mask=None if self.clip else mask.to(self.device))[0]
             for prompt, row, valid in zip(part, embeds.cpu(), mask.sum(1).tolist()):
                 write_atomic(self.path(prompt), save({"embeds": (row if self.clip else row[:valid]).clone()}))
         del model
@@ -208,7 +259,7 @@ class TextEncoder:
             torch.cuda.empty_cache()
 
 
-def random_text(base: str) -> Callable[[list[str]], tuple[Tensor, Tensor | None]]:
+def random_text(base: str, device: torch.device | str) -> Callable[[list[str]], tuple[Tensor, Tensor | None]]:
     """Stands for the text encoder where weights are random: unit Gaussians that depend on the prompt."""
     about = PUBLISHED[base]
 
@@ -216,6 +267,8 @@ def random_text(base: str) -> Callable[[list[str]], tuple[Tensor, Tensor | None]
         def row(prompt: str) -> Tensor:
             seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)
             return torch.randn(about["length"], about["text_dim"], generator=torch.Generator().manual_seed(seed))
-        mask = torch.arange(about["length"])[None] < 20
-        return torch.stack([row(prompt) for prompt in prompts]), None if base == "diffsplat-sd15" else mask.repeat(len(prompts), 1)
+        mask = (torch.arange(about["length"], device=device) < 20).repeat(len(prompts), 1)
+        return torch.stack([row(prompt) for prompt in prompts]).to(device), None if base == "diffsplat-sd15" else mask
+
+    encode.prepare = lambda prompts: None                       # there is nothing to keep
     return encode
