@@ -1,4 +1,4 @@
-"""r2d3: align text-to-3D diffusion models with rewards that only see 2D renders, in one file.
+"""r2d3: align text-to-3D diffusion models with rewards that only see 2D renders.
 
 This is the method of "Nabla-R2D3: Effective and Efficient 3D Diffusion Alignment with 2D Rewards"
 (NeurIPS 2025, arXiv 2506.15684). A 3D-native diffusion model denoises the latent of an object; a reward
@@ -20,7 +20,7 @@ mathematics"). The file reads from top to bottom; every section says what it nee
     1 constants and words    5 NoiseSchedule     9 the loss          13 command line
     2 Config                 6 bases            10 the baselines
     3 cameras                7 rewards          11 train
-    4 Gaussians              8 rollout          12 evaluate
+    4 Gaussians              8 rollout          12 evaluate     (assets/: what is not the method)
 
 Run it:   python r2d3.py --reward aesthetic                        # minutes on two CPU cores, no download
           python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
@@ -120,6 +120,7 @@ class Config:
     epochs: int | None = None  # passes of sampling and training; None: by base
     batch_size: int | None = None  # objects sampled per epoch and process; None: by base
     updates_per_epoch: int | None = None  # optimiser steps, which share an epoch's transitions; None: by base
+    updates_per_gradient: int = 1  # an epoch's transitions are gone through so often (paper: 1)
     micro_batch: int = 16  # transitions in one forward and backward pass; memory grows with it
     lr: float | None = None  # learning rate of AdamW; None: by base
     weight_decay: float = 1e-4  # of AdamW (paper)
@@ -142,7 +143,6 @@ class Config:
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
     clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
 
-    updates_per_gradient: int = 1  # an epoch's transitions are gone through so often (paper: 1)
     method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or a baseline of its paper
     draft_steps: int = 1  # DRaFT-K's K: sampler steps that the gradient goes through
     draft_noises: int = 0  # DRaFT-LV: one step from so many renoised copies of the sample; 0: DRaFT-K
