@@ -1,15 +1,18 @@
 """The paper's comparison: nabla-R2D3, ReFL, DRaFT and DDPO from the same start, judged as they go.
 
-    python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: hours on two cores
+    python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: an hour on two cores
     python assets/compare.py --reward aesthetic --quick         # one seed, a short budget: minutes; rows of its own
     python assets/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
     python assets/compare.py --table                            # tables of all rows there are, and the plots
 
-A trial is one fine-tuning. Its cost is counted in objects that the reward judges in training ("evaluations"; each in
-`views` pictures), and at every mark on that count the model is measured on the unseen prompts: one row of
-assets/results/compare.jsonl. All trials share the order of the prompts, the noise and the views of the measurements. An
-interrupted trial goes on from its last mark; what is there already, or is being made by another process, is skipped: the
-command can be given again, and twice at once (with OMP_NUM_THREADS=1 each).
+A trial is one fine-tuning. Its cost is counted in objects whose reward the update uses ("evaluations"; each in `views`
+pictures), and at every mark on that count the model is measured: one row of assets/results/compare.jsonl. What is there
+already is not made again; --rows FILE begins anew. An interrupted trial goes on from its last mark, and what another
+process is making is skipped: the command can be given twice at once (with OMP_NUM_THREADS=1 each).
+
+All trials of a seed draw their prompts from the same permutations (an epoch takes as many of one as its batch has), and
+all measurements have the same noise and views. The comparison and the ablations are measured on the unseen prompts; the
+sweep ("tune") trains on three quarters of the training prompts and is measured on the others.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -44,9 +48,20 @@ NABLA = START | {"method": "nabla"}
 DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
 REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
 DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
-HASTE = {"lr": 3e-3, "batch_size": 4}                           # ", fast": few judged objects per update, large steps
-FAST = NABLA | HASTE | {"beta": 3000.0, "updates_per_epoch": 4}
+FAST = {"lr": 3e-3, "batch_size": 4}                            # few judged objects per update, large steps
 EARLY = [16, 32, 64, 128, 256]
+COMPARED = {                                                    # of every method a careful and a fast setting
+    "nabla-R2D3": (NABLA, [32, 64, 128, 256]),
+    "nabla-R2D3, beta x 3": (NABLA | {"beta": 3000.0}, [32, 64, 128, 256]),
+    "nabla-R2D3, fast": (NABLA | FAST | {"beta": 3000.0, "updates_per_epoch": 4}, EARLY),
+    "DRaFT-1": (DRAFT, EARLY),
+    "DRaFT-1, batch 4": (DRAFT | {"batch_size": 4}, EARLY[:4]),
+    "DRaFT-1, fast": (DRAFT | FAST, EARLY[:3]),
+    "ReFL": (REFL, EARLY),
+    "ReFL, batch 4": (REFL | {"batch_size": 4}, EARLY[:4]),
+    "ReFL, fast": (REFL | FAST, EARLY[:3]),
+    "DDPO": (DDPO, [128, 256]),
+}
 BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the reward's gradient at the late levels
 GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02), "dnc": (0.005, 0.01, 0.02)}
 
@@ -73,72 +88,54 @@ ABLATIONS = {
     "beta 300": {"beta": 300.0},
 }
 
-TUNE = [     # seed 0, one object per prompt
-    (NABLA | {"beta": 300.0, "skip_below": 0.0, "updates_per_epoch": 4}, [256, 512, 1024]),
-    (NABLA | {"beta": 3000.0, "skip_below": 0.0}, [128, 256, 512]),
-    (NABLA | {"beta": 3000.0, "last_step": "never", "skip_below": 0.0, "train_from": 0.5}, [64, 128, 256, 512]),
-    (NABLA | {"beta": 10000.0, "last_step": "never", "skip_below": 0.0, "train_from": 0.5}, [64, 128, 256, 512]),
-    (NABLA | {"beta": 3000.0, "branch": "guided", "last_step": "never", "skip_below": 0.0, "train_from": 0.5}, [64, 128, 256, 512]),
-    (NABLA | {"last_step": "never", "skip_below": 0.0, "train_from": 0.5, "updates_per_epoch": 32}, [64, 128, 256, 512]),
-    (NABLA | {"batch_size": 8, "beta": 3000.0, "last_step": "never", "skip_below": 0.0, "train_from": 0.5}, [32, 64, 128, 256]),
-    (NABLA | {"batch_size": 8, "beta": 3000.0, "last_step": "never", "skip_below": 0.0, "train_from": 0.5, "updates_per_epoch": 8, "updates_per_gradient": 4}, [32, 64, 128, 256]),
-    (NABLA | {"batch_size": 8, "beta": 10000.0, "last_step": "never", "lr": 0.0003, "skip_below": 0.0, "train_from": 0.5, "updates_per_epoch": 8, "updates_per_gradient": 2}, [32, 64, 128, 256]),
-    (NABLA | {"beta": 300.0, "last_step": "never", "skip_below": 0.0, "train_from": 0.5, "updates_per_epoch": 32}, [64, 128, 256]),
-    (NABLA | {"batch_size": 8, "beta": 3000.0, "last_step": "never", "skip_below": 0.0, "train_from": 0.5, "updates_per_gradient": 2}, [32, 64]),
-    (NABLA | {"beta": 3000.0, "updates_per_epoch": 8}, [32, 64, 128, 256]),
-    (NABLA | {"beta": 3000.0}, [32, 64, 128, 256]),
-    (NABLA, [32, 64, 128, 256]),
-    (NABLA | {"updates_per_gradient": 2}, [32, 64, 128, 256]),
-    (NABLA | {"batch_size": 4, "beta": 3000.0, "lr": 0.003, "updates_per_epoch": 4}, [16, 32, 64, 128, 256]),
-    (NABLA | {"batch_size": 4, "lr": 0.002, "updates_per_epoch": 8}, [16, 32, 64, 128, 256]),
-    (NABLA | {"batch_size": 4, "beta": 2000.0, "lr": 0.003, "updates_per_epoch": 4, "updates_per_gradient": 2}, [16, 32, 64, 128, 256]),
-    (NABLA | {"batch_size": 2, "beta": 3000.0, "lr": 0.003, "updates_per_epoch": 4}, [16, 32, 64, 128]),
-    (NABLA | {"batch_size": 4, "beta": 5000.0, "lr": 0.003, "updates_per_epoch": 8}, [16, 32, 64, 128]),
-    (NABLA | {"batch_size": 4, "beta": 3000.0, "lr": 0.003, "skip_below": 0.6, "updates_per_epoch": 8}, [16, 32, 64]),
-    (DRAFT, [16, 32, 64, 128, 256]),
-    (DRAFT | {"lr": 0.0003}, [16, 32, 64, 128, 256]),
-    (DRAFT | {"lr": 0.0001}, [32, 64, 128, 256]),
-    (DRAFT | {"batch_size": 4, "lr": 0.003}, [16, 32, 64, 128]),
-    (DRAFT | {"draft_noises": 2}, [16, 32, 64, 128]),
-    (DRAFT | {"draft_steps": 2}, [16, 32, 64, 128]),
-    (DRAFT | {"batch_size": 16}, [32, 64, 128]),
-    (DRAFT | {"draft_steps": 3, "lr": 0.0003}, [32, 64, 128]),
-    (REFL | {"lr": 0.0003}, [32, 64, 128, 256]),
-    (REFL, [16, 32, 64, 128]),
-    (REFL | {"batch_size": 4, "lr": 0.003}, [16, 32, 64]),
-    (REFL | {"lr": 0.0001}, [64, 128, 256]),
-    (REFL | {"batch_size": 4}, [16, 32, 64]),
-    (REFL | {"batch_size": 16}, [32, 64, 128]),
-    (REFL | {"lr": 0.002}, [16, 32, 64]),
-    (DDPO, [64, 256]),
-    (DDPO | {"ddpo_clip": 0.1, "lr": 0.003}, [64, 256]),
-    (DDPO | {"ddpo_clip": 0.0001, "lr": 0.0003}, [128, 256]),
-    (DDPO | {"lr": 0.0001}, [128, 256]),
-    (DDPO | {"ddpo_clip": 0.1, "lr": 0.0003, "updates_per_epoch": 1}, [128, 256]),
+NABLA_SPEEDS = ((16, 1e-3, 16), (8, 2e-3, 8), (4, 2e-3, 8), (4, 3e-3, 4))       # batch, lr, updates per epoch
+TUNE = [     # twelve settings of every method, seed 0
+    *((NABLA | {"batch_size": batch, "lr": lr, "updates_per_epoch": updates, "beta": beta},
+       [32, 64, 128, 256] if batch == 16 else [8, 16, 32, 64, 128])
+      for beta in (1000.0, 2000.0, 3000.0) for batch, lr, updates in NABLA_SPEEDS),
+    *((start | {"batch_size": batch, "lr": lr}, [16, 32, 64, 128] if batch * 1e-3 / lr > 2 else [8, 16, 32, 64])
+      for start in (DRAFT, REFL) for batch in (4, 8, 16) for lr in (1e-3, 2e-3, 3e-3)),
+    *((DRAFT | change, [32, 64, 128]) for change in ({"lr": 3e-4}, {"draft_steps": 2}, {"draft_noises": 2})),
+    *((REFL | {"batch_size": batch, "lr": 3e-4}, [32, 64, 128]) for batch in (4, 8, 16)),
+    *((DDPO | {"lr": lr, "ddpo_clip": clip}, [256]) for lr in (3e-4, 1e-3, 3e-3) for clip in (1e-4, 1e-2, 0.1)),
+    *((DDPO | change, [256]) for change in ({"last_step": "always"}, {"updates_per_epoch": 1, "ddpo_clip": 0.1},
+                                            {"fraction": 1.0})),
+]
+TUNE_OTHERS = [     # three settings of every method that has a gradient, for the other rewards
+    *((NABLA | {"beta": beta}, [128, 256]) for beta in (300.0, 1000.0, 3000.0)),
+    *((start | {"lr": lr}, [64, 128]) for start in (DRAFT, REFL) for lr in (1e-4, 3e-4, 1e-3)),
 ]
 
 
-def trials(experiment: str, reward: str, seeds: list[int], quick: bool) -> list[tuple[str, dict, list[int], int]]:
-    """Name, settings, marks and objects per test prompt of every trial."""
-    scaled = {name: settings | {"beta": settings["beta"] * BETA[reward]} for name, settings in
-              (("nabla-R2D3", NABLA), ("nabla-R2D3, beta 3000", NABLA | {"beta": 3000.0}), ("nabla-R2D3, fast", FAST))}
+def trials(experiment: str, reward: str, seeds: list[int], quick: bool) -> list[tuple[str, dict, list[int]]]:
+    """Name, settings and marks of every trial."""
+    def scaled(settings: dict) -> dict:
+        return settings | {"beta": settings["beta"] * BETA[reward]}
+
     if experiment == "compare":
-        methods = {name: (settings, [32, *EARLY[2:]]) for name, settings in scaled.items()}
-        methods |= {"DRaFT-1": (DRAFT, EARLY), "DRaFT-1, fast": (DRAFT | HASTE, EARLY[:3]), "ReFL": (REFL, EARLY),
-                    "ReFL, fast": (REFL | HASTE, EARLY[:3]), "DDPO": (DDPO, [128, 256])}
+        if reward != "aesthetic":                               # the others have no room for more than one setting each
+            methods = {name: COMPARED[name] for name in ("nabla-R2D3", "DRaFT-1", "ReFL", "DDPO")}
+        else:
+            methods = COMPARED
         if quick:
-            return [(name, settings | {"seed": 0}, [mark for mark in marks if mark in (16, 64, 128)], 1)
+            return [(name, scaled(settings) | {"seed": 0}, [mark for mark in marks if mark in (16, 64, 128)])
                     for name, (settings, marks) in methods.items()]
-        return [(name, settings | {"seed": seed}, marks, 2) for seed in seeds for name, (settings, marks) in methods.items()]
+        return [(name, scaled(settings) | {"seed": seed}, marks)
+                for seed in seeds for name, (settings, marks) in methods.items()]
     if experiment == "tune":
-        return [(settings["method"], START | settings | {"seed": 0}, marks, 1) for settings, marks in TUNE]
-    return [(name, scaled["nabla-R2D3"] | change | {"seed": 0}, [256], 2) for name, change in ABLATIONS.items()]
+        return [(settings["method"], scaled(settings) | {"seed": 0}, marks)
+                for settings, marks in (TUNE if reward == "aesthetic" else TUNE_OTHERS)]
+    return [(name, scaled(NABLA) | change | {"seed": 0}, [256]) for name, change in ABLATIONS.items()]
 
 
 class World:
-    """The base, a reward and the two measurements of the base that every trial is compared with."""
+    """The base, a reward and the two measurements of the base that every trial is compared with.
 
-    def __init__(self, reward: str, samples: int, work: Path):
+    `unseen`: train on the training prompts, measure on the test prompts; else split the training prompts for both.
+    """
+
+    def __init__(self, reward: str, samples: int, unseen: bool, work: Path):
+        self.unseen = unseen
         self.config = r2d3.resolve(r2d3.Config(reward=reward, samples_per_prompt=samples, device="cpu"))
         self.base = r2d3.load_base(self.config, self.config.device)
         self.config = dataclasses.replace(self.config, guidance=self.base.guidance)
@@ -146,13 +143,17 @@ class World:
         self.schedule = r2d3.NoiseSchedule.from_diffusers(self.config.sampler, self.config.steps, **self.base.betas)
         self.features = metrics.load_features(self.base.tower, self.config.device)
         self.prompts = r2d3.load_prompts(self.config.prompts)
-        self.test_prompts = r2d3.load_prompts(self.config.test_prompts)
+        self.test_prompts = r2d3.load_prompts(self.config.test_prompts) if unseen else self.prompts[::4]
+        if not unseen:
+            self.prompts = [prompt for prompt in self.prompts if prompt not in self.test_prompts]
         self.null = self.base.encode([""])
         self.net = self.base.net
         self.before, self.reference = (self.measure_base(seed, work) for seed in (0, 1))
 
     def measure_base(self, seed: int, work: Path) -> metrics.Measurement:
-        path = work / f"base-{self.config.reward}-{self.config.samples_per_prompt}-{seed}.pt"
+        weights = hashlib.sha256((r2d3.HERE / "assets/shapes.safetensors").read_bytes()).hexdigest()
+        what = (self.config, self.test_prompts, metrics.Measurement._fields, weights)
+        path = work / f"base-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}-{seed}.pt"
         if path.is_file():
             return metrics.Measurement(**torch.load(path, weights_only=True))
         measured = self.measure(seed)
@@ -166,14 +167,16 @@ class World:
 def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path, work: Path) -> None:
     """One trial: train with `settings`, measure at every mark, append the rows that are not there yet."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    path = work / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}.pt"
+    what = {"experiment": about["experiment"], "settings": settings}
+    path = work / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.pt"
     lock = open(path.with_suffix(".lock"), "w")                 # noqa: SIM115, held until the process or the trial ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
-    samples = world.config.samples_per_prompt
-    done = [row for row in read(rows) if row["settings"] == settings and row["samples_per_prompt"] == samples]
+    measured = {"samples_per_prompt": world.config.samples_per_prompt,
+                "prompts": "unseen" if world.unseen else "a quarter of the training prompts"}
+    done = [row for row in read(rows) if row["settings"] == settings and measured.items() <= row.items()]
     marks = [mark for mark in marks if all(row["mark"] != mark for row in done)]
     if not marks or any(row.get("diverged") for row in done):
         return
@@ -203,14 +206,13 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
                     diverged = str(error)
                 state["epoch"] += 1
                 state["seconds"] += time.perf_counter() - started
-            row = {**about, "settings": settings, "mark": mark, "samples_per_prompt": samples,
+            row = {**about, "settings": settings, "mark": mark, **measured,
                    "judged": state["judged"], "updates": state["updates"], "epochs": state["epoch"],
                    "train_seconds": round(state["seconds"], 1), "scorer": world.reward.title}
             if diverged:
                 append(rows, row | {"diverged": diverged})
                 return
-            after = world.measure(0)
-            result = metrics.compare(world.before, after, world.reference)
+            result = metrics.compare(world.before, world.measure(0), world.reference)
             append(rows, row | {name: result[name] for name in METRICS})
             lora = get_peft_model_state_dict(world.base.net)
             saved = state | {"lora": lora, "optimizer": optimizer.state_dict()}
@@ -244,6 +246,29 @@ def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
     return {name: dict(sorted(marks.items())) for name, marks in found.items()}
 
 
+def reached(path: list[dict], gain: float, metric: str) -> float | None:
+    """What a metric of one trial had changed by when the reward had gained `gain`: linear between marks, from zero.
+
+    None where it never gained so much. Costs grow faster than gains, so this errs upwards where marks are far apart.
+    """
+    points = [(0.0, 0.0)] + [(row["reward"]["change"], row["judged"] if metric == "judged" else row[metric]["change"])
+                             for row in path]
+    for (r0, m0), (r1, m1) in zip(points, points[1:]):
+        if r0 <= gain <= r1 and r0 < r1:
+            return m0 + (m1 - m0) * (gain - r0) / (r1 - r0)
+    return None
+
+
+def at_equal_reward(marks: dict[int, list[dict]], gain: float, metric: str) -> list[float] | None:
+    """`reached`, one value per seed; None where some seed never gained so much."""
+    by_seed = {}
+    for rows in marks.values():
+        for row in rows:
+            by_seed.setdefault(row["settings"]["seed"], []).append(row)
+    values = [reached(path, gain, metric) for _, path in sorted(by_seed.items())]
+    return None if None in values else values
+
+
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval (Student's t over the seeds); 0 for one seed."""
     from scipy import stats
@@ -255,65 +280,73 @@ def spread(values: list[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / n ** 0.5
 
 
-def cell(rows: list[dict], metric: str, part: str = "change") -> str:
-    mean, half = spread([row[metric][part] for row in rows])
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if len(rows) > 1 else "")
+def cell(rows: list[dict], metric: str) -> str:
+    if metric == "diversity" and rows[0]["samples_per_prompt"] == 1:
+        return "–"                                              # one object has no other to differ from
+    return number([row[metric]["change"] for row in rows])
 
 
-def at_equal_reward(marks: dict[int, list[dict]], gain: float, metric: str) -> list[float] | None:
-    """What a metric had changed by when the reward had gained `gain`, one value per seed: linear between marks.
+def number(values: list[float]) -> str:
+    mean, half = spread(values)
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 
-    None where some seed never gained so much.
-    """
-    values = []
-    for seed in sorted({row["settings"]["seed"] for rows in marks.values() for row in rows}):
-        path = [(0.0, 0.0)] + [(row["reward"]["change"], row["judged"] if metric == "judged" else row[metric]["change"])
-                               for rows in marks.values() for row in rows if row["settings"]["seed"] == seed]
-        for (r0, m0), (r1, m1) in zip(path, path[1:]):
-            if r0 <= gain <= r1:
-                values.append(m0 + (m1 - m0) * (gain - r0) / (r1 - r0))
-                break
-        else:
-            return None
-    return values
+
+def changes(settings: dict) -> str:
+    """The settings of a trial that are not in START."""
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in settings.items()
+                     if START.get(name) != value and name not in ("seed", "method", "reward"))
+
+
+def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
+    text = [f"\n### {title}\n", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(text + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
 
 
 def tables(rows: list[dict]) -> str:
-    """All rows as Markdown: the comparison at equal reward, then at every mark; sweeps; ablations."""
-    text = ""
+    """All rows as Markdown: the comparison at equal reward, then at every mark; the sweep; trials; ablations."""
+    text, names, others = "", list(METRICS.values()), list(METRICS)[1:]
     for reward in dict.fromkeys(row["settings"]["reward"] for row in rows if row["experiment"] == "compare"):
-        found = curves(rows, reward)
-        gains = GAINS[reward]
-        text += f"\n### {reward}: at equal reward\n\n"
-        text += "| gained | method | evaluations | " + " | ".join(list(METRICS.values())[1:]) + " |\n" + "|---" * 9 + "|\n"
-        for gain in gains:
-            for name, marks in found.items():
+        lines = []
+        for gain in GAINS[reward]:
+            for name, marks in curves(rows, reward).items():
                 judged = at_equal_reward(marks, gain, "judged")
-                if judged is None:
-                    text += f"| {gain:+g} | {name} | not by {max(marks)} | " + " | " * (len(METRICS) - 1) + "\n"
-                    continue
-                cells = []
-                for metric in list(METRICS)[1:]:
-                    mean, half = spread(at_equal_reward(marks, gain, metric))
-                    cells.append(f"{mean:+.3f}" + (f" ± {half:.3f}" if len(judged) > 1 else ""))
-                text += f"| {gain:+g} | {name} | {sum(judged) / len(judged):.0f} | " + " | ".join(cells) + " |\n"
-        text += f"\n### {reward}: along the way\n\n"
-        text += "| method | evaluations | updates | seconds | " + " | ".join(METRICS.values()) + " |\n" + "|---" * 11 + "|\n"
-        for name, marks in found.items():
-            for group in marks.values():
-                means = [f"{sum(row[key] for row in group) / len(group):.0f}" for key in ("judged", "updates", "train_seconds")]
-                text += f"| {name} | " + " | ".join(means + [cell(group, metric) for metric in METRICS]) + " |\n"
-    for experiment in ("tune", "ablate"):
-        some = [row for row in rows if row["experiment"] == experiment]
-        if some:
-            text += f"\n### {experiment}\n\n| trial | settings | evaluations | updates | " + " | ".join(METRICS.values())
-            text += " |\n" + "|---" * (4 + len(METRICS)) + "|\n"
-        for row in some:
-            settings = {k: v for k, v in row["settings"].items() if START.get(k) != v and k not in ("seed", "method")}
-            shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "reward" or value != "aesthetic")
-            cells = [cell([row], metric) for metric in METRICS] if "diverged" not in row else [row["diverged"]]
-            text += f"| {row['name']} | {shown} | {row['judged']} | {row['updates']} | " + " | ".join(cells) + " |\n"
+                cells = [f"not by {max(marks)}"] + [""] * len(others)
+                if judged is not None:
+                    cells = [f"{sum(judged) / len(judged):.0f}"]
+                    cells += [number(at_equal_reward(marks, gain, metric)) for metric in others]
+                lines.append([f"{gain:+g}", name, *cells])
+        text += table(f"{reward}: at equal reward", ["gained", "method", "evaluations", *names[1:]], lines)
+        lines = [[name, *(f"{sum(row[key] for row in group) / len(group):.0f}" for key in ("judged", "updates")),
+                  *(cell(group, metric) for metric in METRICS)]
+                 for name, marks in curves(rows, reward).items() for group in marks.values()]
+        text += table(f"{reward}: along the way", ["method", "evaluations", "updates", *names], lines)
+    for reward, found in sweeps(rows).items():
+        lines, gain = [], GAINS[reward][2]
+        for path in found:
+            costs = [reached(path, gain, metric) for metric in ("judged", *others)]
+            best = max(row["reward"]["change"] for row in path)
+            shown = [""] * len(costs) if costs[0] is None else [f"{costs[0]:.0f}", *(f"{cost:+.3f}" for cost in costs[1:])]
+            lines.append([path[0]["settings"]["method"], changes(path[0]["settings"]), *shown, f"{best:+.3f}"])
+        text += table(f"{reward}: the sweep, at a gain of {gain:g}",
+                      ["method", "settings", "evaluations", *names[1:], "largest gain"], lines)
+    for experiment in ("tune", "explore", "ablate"):
+        lines = [[row["name"], changes(row["settings"]), str(row["judged"]), str(row["updates"]),
+                  *([cell([row], metric) for metric in METRICS] if "diverged" not in row else [row["diverged"]])]
+                 for row in rows if row["experiment"] == experiment]
+        text += table(experiment, ["trial", "settings", "evaluations", "updates", *names], lines) if lines else ""
     return text
+
+
+def sweeps(rows: list[dict]) -> dict[str, list[list[dict]]]:
+    """The rows of the sweep's trials, by reward: one list per trial, in the order of the marks."""
+    found = {}
+    for row in rows:
+        if row["experiment"] == "tune" and "diverged" not in row:
+            trials = found.setdefault(row["settings"]["reward"], {})
+            trials.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
+    return {reward: [sorted(path, key=lambda row: row["mark"]) for path in trials.values()]
+            for reward, trials in found.items()}
 
 
 def plot(rows: list[dict], reward: str, path: Path) -> None:
@@ -330,7 +363,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
     for name, marks in curves(rows, reward).items():
         group = next(iter(marks.values()))
         style = {"color": colors[group[0]["settings"]["method"]],
-                 "linestyle": ":" if "fast" in name else "--" if "beta" in name else "-"}
+                 "linestyle": ":" if "fast" in name else "--" if "beta" in name or "batch" in name else "-"}
         for axes, (key, (_, sign, least)) in zip(panels, costs.items()):
             def cost(row: dict, key: str = key, sign: int = sign) -> float:
                 value = row["judged"] if key == "judged" else row[key]["change"]
@@ -362,28 +395,26 @@ def main() -> None:
     parser.add_argument("--reward", default="aesthetic", choices=list(BETA), help="of the embedded base")
     parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["compare", "tune", "ablate"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
-    parser.add_argument("--quick", action="store_true", help="one seed, up to 64 evaluations, one object per prompt")
+    parser.add_argument("--quick", action="store_true", help="one seed, up to about 128 evaluations, one object per prompt")
     parser.add_argument("--only", help="only trials whose name holds this word")
     parser.add_argument("--rows", type=Path, help="the file of the rows; default assets/results/compare.jsonl, "
                                                   "or runs/compare/quick.jsonl")
     parser.add_argument("--table", action="store_true", help="print tables and draw plots of the rows there are, and stop")
     args = parser.parse_args()
-    rows = args.rows or (WORK / "quick.jsonl" if args.quick else ROWS)
-    if not args.table:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-        worlds = {}
-        for experiment in args.experiment:
-            for name, settings, marks, samples in trials(experiment, args.reward, args.seeds, args.quick):
-                if args.only and args.only not in name:
-                    continue
-                if samples not in worlds:
-                    worlds[samples] = World(args.reward, samples, WORK)
-                about = {"experiment": experiment, "name": name, "cmd": f"python {' '.join(sys.argv)}"}
-                run(worlds[samples], {"reward": args.reward} | settings, marks, about, rows, WORK)
+    rows, worlds = args.rows or (WORK / "quick.jsonl" if args.quick else ROWS), {}
+    for experiment in () if args.table else args.experiment:
+        for name, settings, marks in trials(experiment, args.reward, args.seeds, args.quick):
+            if args.only and args.only not in name:
+                continue
+            unseen = experiment != "tune"
+            if unseen not in worlds:
+                worlds[unseen] = World(args.reward, 1 if args.quick else 2, unseen, WORK)
+            about = {"experiment": experiment, "name": name, "cmd": shlex.join(["python", *sys.argv])}
+            run(worlds[unseen], {"reward": args.reward} | settings, marks, about, rows, WORK)
     known = read(rows)
     print(tables(known))
     for reward in dict.fromkeys(row["settings"]["reward"] for row in known if row["experiment"] == "compare"):
-        path = (WORK / f"quick_{reward}.png") if args.quick else ROOT / f"assets/compare_{reward}.png"
+        path = rows.with_name(f"{rows.stem}_{reward}.png")
         plot(known, reward, path)
         print(path)
 
