@@ -408,7 +408,7 @@ def main() -> None:
                 continue
             unseen = experiment != "tune"
             if unseen not in worlds:
-                worlds[unseen] = World(args.reward, 1 if args.quick else 2, unseen, WORK)
+                worlds[unseen] = World(args.reward, 2 if unseen and not args.quick else 1, unseen, WORK)
             about = {"experiment": experiment, "name": name, "cmd": shlex.join(["python", *sys.argv])}
             run(worlds[unseen], {"reward": args.reward} | settings, marks, about, rows, WORK)
     known = read(rows)
