@@ -130,21 +130,29 @@ class MarigoldNormals(nn.Module):
 
     name = "prs-eth/marigold-normals-v1-1"
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, text: Tensor | None = None):
         super().__init__()
         self.vae, self.unet, self.scheduler = pipeline.vae, pipeline.unet, pipeline.scheduler
         self.size = pipeline.default_processing_resolution
         self.scheduler.set_timesteps(1)
-        no_words = pipeline.tokenizer("", return_tensors="pt").input_ids
-        self.register_buffer("text", pipeline.text_encoder(no_words)[0].detach())   # (1, 2, D)
+        if text is None:
+            text = pipeline.text_encoder(pipeline.tokenizer("", return_tensors="pt").input_ids)[0].detach()
+        self.register_buffer("text", text)                      # (1, 2, D): no words
 
     @classmethod
     def pretrained(cls, device: torch.device | str, checkpoint: bool = False, untrained: bool = False) -> MarigoldNormals:
         """The published weights, fetched from the Hugging Face hub on first use; bf16 on a GPU."""
-        if untrained:
-            raise ValueError("marigold is not available untrained; take another reward with --weights random")
-        from diffusers import MarigoldNormalsPipeline
-        model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16").to(torch.float32))
+        from diffusers import AutoencoderKL, DDIMScheduler, MarigoldNormalsPipeline, UNet2DConditionModel
+        if untrained:                                           # sizes: Stable Diffusion 2's, two latents to read from
+            unet = UNet2DConditionModel(in_channels=8, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+                                        use_linear_projection=True)
+            vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+            scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+            parts = MarigoldNormalsPipeline(unet, vae, scheduler, None, None, "normals", default_processing_resolution=768)
+            model = cls(parts, torch.zeros(1, 2, 1024))
+        else:
+            model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16").to(torch.float32))
         if checkpoint:
             model.unet.enable_gradient_checkpointing()
             model.vae.enable_gradient_checkpointing()

@@ -72,7 +72,7 @@ def test_draft_in_closed_form(flat, K, noises):  # noqa: F811
     loss = r2d3.draft_loss(base, quadratic, schedule, batch, null, config, seeded(5))
     got = gradients(base, loss.sum())
     generator, x, want_b, want_loss = seeded(5), batch.x_t, torch.zeros(6).double(), []
-    draw = lambda: torch.randn(4, 2, 3, generator=generator).double()  # noqa: E731
+    draw = lambda: torch.randn(4, 2, 3, generator=generator).double()
     if noises:
         x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * draw()
     x, by_b = [row.flatten() for row in x], [torch.zeros(6, 6).double()] * 4

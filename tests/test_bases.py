@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import published, scorers, shapes  # noqa: E402
+from assets import published, scorers  # noqa: E402
 from r2d3 import Cond, Config, NoiseSchedule, seeded  # noqa: E402
 
 BASES = {"diffsplat-pixart": "gsdiff_gobj83k_pas_fp16__render/checkpoints/013020/transformer_ema",
@@ -599,10 +599,10 @@ def test_half_precision_weights_predict_in_single(name, folder):
 
 
 @pytest.mark.parametrize("reward", ["aesthetic", "hpsv2", "normal", "dnc"])
-def test_the_whole_job(name, folder, small, reward, tmp_path, monkeypatch, capsys):
+def test_the_whole_job(name, folder, small, reward, pipeline, tmp_path, monkeypatch, capsys):
     """Rollout, reward, loss, update, checkpoint, evaluation, resume and samples, from a folder in the published layout."""
-    if reward == "normal":
-        monkeypatch.setattr(scorers.MarigoldNormals, "pretrained", lambda *args: shapes.NormalEstimator(width=8).requires_grad_(False))
+    normals = scorers.MarigoldNormals(pipeline).requires_grad_(False)
+    monkeypatch.setattr(scorers.MarigoldNormals, "pretrained", lambda *args: normals)
     untrained = {"LaionAesthetic": scorers.LaionAesthetic.pretrained, "HPSv2": scorers.HPSv2.pretrained}
     monkeypatch.setattr(scorers.LaionAesthetic, "pretrained", lambda *args: untrained["LaionAesthetic"](args[0], args[1], True))
     monkeypatch.setattr(scorers.HPSv2, "pretrained", lambda *args: untrained["HPSv2"](args[0], args[1], args[2], True))

@@ -230,36 +230,6 @@ def test_aesthetic_is_frozen_and_checkpointed_too(published, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """diffusers' pipeline with the published one's classes and settings, tiny and random."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        MarigoldNormalsPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    torch.manual_seed(0)
-    return MarigoldNormalsPipeline(
-        UNet2DConditionModel(sample_size=8, in_channels=8, out_channels=4, block_out_channels=(8, 16),
-                             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1,
-                             cross_attention_dim=16, norm_num_groups=4, attention_head_dim=4),
-        AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-                      up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4),
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                      prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True),
-        CLIPTextModel(CLIPTextConfig(vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                     num_attention_heads=2, max_position_embeddings=8, bos_token_id=0,
-                                     eos_token_id=1, pad_token_id=1)),
-        CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8),
-        prediction_type="normals", default_denoising_steps=4, default_processing_resolution=32)
-
-
-@pytest.fixture(scope="module")
 def estimator(pipeline, tmp_path_factory):
     """The same, saved as published and loaded by our code."""
     folder = tmp_path_factory.mktemp("marigold")
@@ -268,6 +238,15 @@ def estimator(pipeline, tmp_path_factory):
     name, scorers.MarigoldNormals.name = scorers.MarigoldNormals.name, str(folder)
     yield scorers.MarigoldNormals.pretrained("cpu")
     scorers.MarigoldNormals.name = name
+
+
+def test_marigold_untrained_has_the_published_size():
+    """Stable Diffusion 2's U-Net (865,910,724 weights) with four more input channels."""
+    with torch.device("meta"):
+        model = scorers.MarigoldNormals.pretrained("meta", untrained=True)
+    assert sum(weight.numel() for weight in model.unet.parameters()) == 865_910_724 + 4 * 320 * 9
+    assert sum(weight.numel() for weight in model.vae.parameters()) == 83_653_863 and model.size == 768
+    assert not any(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize("size", [32, 24, 45])
