@@ -58,6 +58,7 @@ from torch import Tensor
 
 from assets import (
     UserError,
+    cache_folder,
     fetching,
     load_weights,
     metrics,
@@ -547,9 +548,10 @@ class DiffSplat:
             return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
 
         z = (x0 * self.latent_std + self.latent_mean).flatten(0, 1)
-        if self.image_size > 64:        # a view at a time; activations are computed again for gradients
+        if self.image_size > 64:        # in parts, whose activations are computed again for gradients
             from torch.utils.checkpoint import checkpoint
-            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(1)])
+            views = self.views if z.is_cuda else 1
+            grid = torch.cat([checkpoint(decode, part, use_reentrant=False) for part in z.split(views)])
         else:
             grid = decode(z)
         B = x0.shape[0]
@@ -1236,31 +1238,39 @@ def run_config(folder: str | Path) -> Config:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from None
 
 
+# What a prompt's score depends on.
+SCORED_WITH = ("base", "weights", "reward", "scorer", "angle_mask", "sampler", "steps", "guidance", "views",
+               "view_size", "elevation_range", "azimuth_range", "eval_batch")
+
+
 @torch.no_grad()
 def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
                    config: Config) -> list[str]:
     """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
 
-    One object each; processes share the work. Scores are saved as they come in: a resumed run has the same.
+    One object each; processes share the work. Scores are cached as they come in, for all runs with the same
+    base, reward and views, whatever their seed.
     """
     if not config.min_quantile:
         return prompts
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    settings = [(name, value) for name, value in vars(config).items() if name not in FREE_ON_RESUME]
-    key = hashlib.sha256(repr((settings, prompts)).encode()).hexdigest()
-    path, scores = Path(config.out, f"checkpoint/prompt_scores-{rank}.json"), {}
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        scores = json.loads(path.read_text())[key]
+    code = [Path(term.rpartition(":")[0]).read_bytes() for term in re.split("[,=]", config.reward)
+            if ".py:" in term]
+    what = [getattr(config, name) for name in SCORED_WITH] + [prompts, code, world]
+    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    path, scores = cache_folder("scores") / f"{key}-{rank}.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        scores = json.loads(path.read_text())
     different = [*dict.fromkeys(prompts)]
     mine = range(0, len(different), config.eval_batch)[rank::world]
     for n in tqdm(mine, "scoring the prompts", leave=False, disable=rank > 0):
-        part, generator = different[n:n + config.eval_batch], seeded(config.seed, n)
+        part, generator = different[n:n + config.eval_batch], seeded(n)
         if part[0] not in scores:
             x0 = rollout(base, schedule, base.encode(part), null, config.guidance, generator).x[:, -1]
             score, _ = judge(base, reward, x0, part, config, generator)
             scores |= zip(part, score.nan_to_num(-math.inf).tolist())
-            write_atomic(path, json.dumps({key: scores}))
+            write_atomic(path, json.dumps(scores))
     if world > 1:
         shares = [scores] * world
         torch.distributed.all_gather_object(shares, scores)
@@ -1542,7 +1552,7 @@ def evaluate(config: Config) -> dict:
                "seed": config.seed,
                "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
-    out = Path(given) if given else Path(config.run or f"runs/{config.base}") / "evaluation"
+    out = Path(given or (f"{config.run}/evaluation" if config.run else f"{config.out}-evaluation"))
     write_report(base, prompts, before, after, [], summary, config, out)
     if config.row:
         Path(config.row).parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
 
 
+def cache_folder(name: str) -> Path:
+    """Where what is slow to make is kept from run to run: ~/.cache/r2d3, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2d3" / name
+
+
 @contextlib.contextmanager
 def fetching(what: str, size: str) -> Iterator[None]:
     """Whatever goes wrong while published data is fetched and read becomes one sentence."""

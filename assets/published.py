@@ -10,7 +10,6 @@ import gc
 import hashlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from assets import UserError, fetching, load_weights, write_atomic
+from assets import UserError, cache_folder, fetching, load_weights, write_atomic
 
 REPO = "chenguolin/DiffSplat"
 VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,
@@ -176,7 +175,7 @@ class TextEncoder:
                                   for part in ("text_encoder", "tokenizer") if root
                                   for path in sorted((root.resolve() / part).glob("*"))]
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2d3/text"
+        self.cache = cache_folder("text")
 
     def path(self, prompt: str) -> Path:
         key = hashlib.sha256(repr((self.source, str(self.dtype), self.length, prompt)).encode()).hexdigest()

@@ -19,6 +19,11 @@ def short_turntables():
     r2d3.turntable = functools.partial(r2d3.turntable, frames=4)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """diffusers' pipeline with the published one's classes and settings, tiny and random."""

@@ -112,11 +112,6 @@ def folder(name, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp(name), name)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def load(name, folder, **settings):
     config = r2d3.resolve(Config(base=name, weights=str(folder), device="cpu", **settings))
     return r2d3.load_base(config, "cpu")

@@ -6,6 +6,7 @@ tiny random networks stand where the published weights would be, and are loaded 
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -537,10 +538,15 @@ def setting(shapes, tmp_path):
     reward = r2d3.load_reward("aesthetic", base, "cpu", config)
     scores = {}
     for n in (0, 5, 10):
-        part, generator = prompts[n:n + 5], seeded(3, n)
+        part, generator = prompts[n:n + 5], seeded(n)
         x0 = r2d3.rollout(base, schedule, base.encode(part), null, 2.0, generator).x[:, -1]
         scores |= zip(part, r2d3.judge(base, reward, x0, part, config, generator)[0].tolist())
     return base, reward, schedule, prompts, null, config, scores
+
+
+def scores_file():
+    file, = Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir()
+    return file
 
 
 def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypatch):
@@ -549,7 +555,7 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
     want = [prompt for prompt in prompts if prompt not in left_out]
     twice = [prompts[0]] * 3 + prompts + [prompts[7]]
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == want and len(want) == 9
-    assert json.loads(Path(config.out, "checkpoint/prompt_scores-0.json").read_text())
+    assert json.loads(scores_file().read_text()) == pytest.approx(scores)
     again = [p for p in twice if p not in left_out]             # a prompt that is there twice counts once
     assert r2d3.filter_prompts(base, reward, schedule, twice, null, config) == again
 
@@ -558,12 +564,12 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
 
     r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
     monkeypatch.setattr(r2d3, "rollout", untouchable)
-    later = dataclasses.replace(config, resume=True, epochs=99)
+    later = dataclasses.replace(config, resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1)
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, later) == want
     other = [prompts[0], "a red cube", *prompts[2:]]            # a file that has changed
-    for changed, named in ((dataclasses.replace(config, seed=4), prompts), (config, other),
+    for changed, named in ((dataclasses.replace(config, views=2), prompts), (config, other),
                            (dataclasses.replace(config, reward="dnc"), prompts)):
-        with pytest.raises(AssertionError, match="scored again"):   # another run's scores are not its own
+        with pytest.raises(AssertionError, match="scored again"):   # scores of something else
             r2d3.filter_prompts(base, reward, schedule, named, null, changed)
     off = dataclasses.replace(config, min_quantile=0.0, out=str(Path(config.out, "off")))
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, off) == prompts
@@ -586,8 +592,19 @@ def test_an_interrupted_pass_goes_on(setting, monkeypatch):
     got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
     assert calls == [prompts[:5], prompts[5:10], prompts[5:10], prompts[10:]]
     assert got == [p for p in prompts if p not in set(sorted(prompts, key=scores.get)[:3])]
-    Path(config.out, "checkpoint/prompt_scores-0.json").write_text("{ half a fi")
+    scores_file().write_text("{ half a fi")
     assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == got
+
+
+def test_a_changed_reward_scores_again(setting, tmp_path):
+    base, _, schedule, prompts, null, config, _ = setting
+    mine = tmp_path / "mine.py"
+    for sign in "+-":
+        mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n")
+        config = dataclasses.replace(config, reward=f"dnc=0.1,{mine}:score=2")
+        reward = r2d3.load_reward(config.reward, base, "cpu", config)
+        assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
+    assert len(list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())) == 2
 
 
 def test_processes_share_the_work(setting, monkeypatch):
