@@ -38,6 +38,8 @@ sys.path.insert(0, str(ROOT))
 import r2d3
 from assets import metrics
 
+METHODS = {"nabla": ("nabla-R2D3", "C0", "o"), "draft": ("DRaFT", "C1", "s"), "refl": ("ReFL", "C2", "^"),
+           "ddpo": ("DDPO", "C7", "x")}
 METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "coverage": "coverage", "dnc": "dnc",
            "diversity": "diversity", "fid_to_base": "FID to the base"}
 ROWS, WORK = ROOT / "assets/results/compare.jsonl", ROOT / "runs/compare"
@@ -89,14 +91,22 @@ ABLATIONS = {
 }
 
 NABLA_SPEEDS = ((16, 1e-3, 16), (8, 2e-3, 8), (4, 2e-3, 8), (4, 3e-3, 4))       # batch, lr, updates per epoch
-TUNE = [     # twelve settings of every method, seed 0
+SMALL = [8, 16, 32, 64, 128]
+TUNE = [     # 18 settings of every method (of DDPO 12), seed 0
     *((NABLA | {"batch_size": batch, "lr": lr, "updates_per_epoch": updates, "beta": beta},
-       [32, 64, 128, 256] if batch == 16 else [8, 16, 32, 64, 128])
+       [32, 64, 128, 256] if batch == 16 else SMALL)
       for beta in (1000.0, 2000.0, 3000.0) for batch, lr, updates in NABLA_SPEEDS),
-    *((start | {"batch_size": batch, "lr": lr}, [16, 32, 64, 128] if batch * 1e-3 / lr > 2 else [8, 16, 32, 64])
+    *((NABLA | {"batch_size": 4, "lr": lr, "updates_per_epoch": 8, "beta": beta, "skip_below": share}, SMALL)
+      for share, beta, lr in ((0.6, 1000.0, 2e-3), (0.6, 2000.0, 2e-3), (0.6, 3000.0, 3e-3),
+                              (0.8, 1000.0, 2e-3), (0.8, 2000.0, 2e-3), (0.8, 3000.0, 3e-3))),
+    *((start | {"batch_size": batch, "lr": lr}, [16, 32, 64, 128] if batch * 1e-3 / lr > 2 else SMALL[:4])
       for start in (DRAFT, REFL) for batch in (4, 8, 16) for lr in (1e-3, 2e-3, 3e-3)),
+    *((start | {"batch_size": batch, "lr": lr}, SMALL[:4])
+      for start in (DRAFT, REFL) for batch, lr in ((4, 5e-4), (2, 5e-4), (2, 1e-3), (2, 2e-3))),
     *((DRAFT | change, [32, 64, 128]) for change in ({"lr": 3e-4}, {"draft_steps": 2}, {"draft_noises": 2})),
+    *((DRAFT | {"batch_size": 4} | change, SMALL[:4]) for change in ({"draft_steps": 2}, {"draft_noises": 2})),
     *((REFL | {"batch_size": batch, "lr": 3e-4}, [32, 64, 128]) for batch in (4, 8, 16)),
+    *((REFL | {"batch_size": 1, "lr": lr}, SMALL[:4]) for lr in (5e-4, 1e-3)),
     *((DDPO | {"lr": lr, "ddpo_clip": clip}, [256]) for lr in (3e-4, 1e-3, 3e-3) for clip in (1e-4, 1e-2, 0.1)),
     *((DDPO | change, [256]) for change in ({"last_step": "always"}, {"updates_per_epoch": 1, "ddpo_clip": 0.1},
                                             {"fraction": 1.0})),
@@ -330,11 +340,18 @@ def tables(rows: list[dict]) -> str:
             lines.append([path[0]["settings"]["method"], changes(path[0]["settings"]), *shown, f"{best:+.3f}"])
         text += table(f"{reward}: the sweep, at a gain of {gain:g}",
                       ["method", "settings", "evaluations", *names[1:], "largest gain"], lines)
-    for experiment in ("tune", "explore", "ablate"):
+    alone = {"nabla-R2D3": "**the default**", "nabla-R2D3, beta x 3": "beta 3000"}
+    found = [row | {"name": alone[row["name"]]} for row in rows if row["experiment"] == "compare" and row["mark"] == 256 and
+             row["name"] in alone and row["settings"]["reward"] == "aesthetic" and row["settings"]["seed"] == 0]
+    found = found[:1] + [row for row in rows if row["experiment"] == "ablate"] + found[1:]
+    text += table("ablations", ["change", "evaluations", "updates", *names],
+                  [[row["name"], str(row["judged"]), str(row["updates"]), *(cell([row], metric) for metric in METRICS)]
+                   for row in found])
+    for experiment in ("tune", "explore"):
         lines = [[row["name"], changes(row["settings"]), str(row["judged"]), str(row["updates"]),
                   *([cell([row], metric) for metric in METRICS] if "diverged" not in row else [row["diverged"]])]
                  for row in rows if row["experiment"] == experiment]
-        text += table(experiment, ["trial", "settings", "evaluations", "updates", *names], lines) if lines else ""
+        text += table(experiment, ["trial", "settings", "evaluations", "updates", *names], lines)
     return text
 
 
@@ -358,11 +375,11 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
              "fid_to_base": ("FID to the base gained", 1, 1e-3), "diversity": ("diversity changed (either way)", 0, 1e-3)}
     figure = Figure(figsize=(14, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels, colors = figure.subplots(1, 4, sharey=True), {"nabla": "C0", "draft": "C1", "refl": "C2", "ddpo": "C7"}
+    panels = figure.subplots(1, 4, sharey=True)
     low = top = 0.0
     for name, marks in curves(rows, reward).items():
         group = next(iter(marks.values()))
-        style = {"color": colors[group[0]["settings"]["method"]],
+        style = {"color": METHODS[group[0]["settings"]["method"]][1],
                  "linestyle": ":" if "fast" in name else "--" if "beta" in name or "batch" in name else "-"}
         for axes, (key, (_, sign, least)) in zip(panels, costs.items()):
             def cost(row: dict, key: str = key, sign: int = sign) -> float:
@@ -387,6 +404,26 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
+    r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
+
+
+def plot_sweep(rows: list[dict], path: Path) -> None:
+    """Every setting of the sweep as a point: evaluations to a gain, and the alignment that it cost."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    for axes, gain in zip(panels, GAINS["aesthetic"][1:4]):
+        for method, (name, color, marker) in METHODS.items():
+            paths = [path for path in sweeps(rows)["aesthetic"] if path[0]["settings"]["method"] == method]
+            points = [(reached(path, gain, "judged"), reached(path, gain, "alignment")) for path in paths]
+            points = [(judged, max(-lost, 1e-3)) for judged, lost in points if judged is not None]
+            axes.plot(*zip(*points) if points else ((), ()), marker, color=color, label=f"{name}, {len(paths)} settings")
+        axes.set(title=f"at a gain of {gain:g}", xscale="log", yscale="log", xlabel="objects judged in training")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set(ylabel="alignment lost")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 
@@ -417,6 +454,8 @@ def main() -> None:
         path = rows.with_name(f"{rows.stem}_{reward}.png")
         plot(known, reward, path)
         print(path)
+    if "aesthetic" in sweeps(known):
+        plot_sweep(known, rows.with_name(f"{rows.stem}_sweep.png"))
 
 
 if __name__ == "__main__":
