@@ -56,19 +56,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from assets import (
-    UserError,
-    cache_folder,
-    fetching,
-    load_weights,
-    metrics,
-    published,
-    report,
-    scorers,
-    shapes,
-    to_bytes,
-    write_atomic,
-)
+from assets import (UserError, cache_folder, fetching, load_weights, metrics, published, report, scorers,
+                    shapes, to_bytes, write_atomic)
 from assets.metrics import METRICS, Features, Measurement
 from kernels import Render, gradient_matching, rasterize
 
@@ -1549,8 +1538,7 @@ def evaluate(config: Config) -> dict:
         before = measure(*common, config.seed, "the base") if tuned else after
         other = measure(*common, config.seed + 1, "the base once more, for FID")
     summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
-               "seed": config.seed,
-               "features": features.title, **metrics.compare(before, after, other),
+               "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
     out = Path(given or (f"{config.run}/evaluation" if config.run else f"{config.out}-evaluation"))
     write_report(base, prompts, before, after, [], summary, config, out)
