@@ -55,6 +55,8 @@ EARLY = [16, 32, 64, 128, 256]
 COMPARED = {                                                    # of every method a careful and a fast setting
     "nabla-R2D3": (NABLA, [32, 64, 128, 256]),
     "nabla-R2D3, beta x 3": (NABLA | {"beta": 3000.0}, [32, 64, 128, 256]),
+    "nabla-R2D3, lean": (NABLA | {"batch_size": 4, "lr": 2e-3, "updates_per_epoch": 8, "beta": 2000.0, "skip_below": 0.8},
+                         [8, 16, 32, 64, 128]),
     "nabla-R2D3, fast": (NABLA | FAST | {"beta": 3000.0, "updates_per_epoch": 4}, EARLY),
     "DRaFT-1": (DRAFT, EARLY),
     "DRaFT-1, batch 4": (DRAFT | {"batch_size": 4}, EARLY[:4]),
