@@ -22,7 +22,24 @@ ABOUT = {"experiment": "compare", "name": "tiny", "cmd": "a test"}
 def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(r2d3, "load_prompts", lambda spec: ["a red cube", "a blue cone", "a green sphere"])
-        return compare.World("aesthetic", 2, tmp_path_factory.mktemp("world"))
+        return compare.World("aesthetic", 2, True, tmp_path_factory.mktemp("world"))
+
+
+def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.World, "measure", lambda self, seed: compare.metrics.Measurement(*[r2d3.torch.zeros(1)] * 8))
+    worlds = {unseen: compare.World("aesthetic", 1, unseen, tmp_path) for unseen in (True, False)}
+    train, test = (r2d3.load_prompts(str(ROOT / f"prompts/shapes_{part}.txt")) for part in ("train", "test"))
+    assert (worlds[True].prompts, worlds[True].test_prompts) == (train, test)
+    tuned, judged = worlds[False].prompts, worlds[False].test_prompts
+    assert len(judged) == 50 and not {*tuned} & {*judged} and {*tuned, *judged} == {*train} and not {*judged} & {*test}
+    assert len(list(tmp_path.glob("base-*.pt"))) == 4           # neither takes the other's base measurements
+
+
+def test_every_method_is_tuned_alike():
+    for reward in compare.BETA:
+        settings = [json.dumps(settings, sort_keys=True) for _, settings, _ in compare.trials("tune", reward, [0], False)]
+        count = [sum(f'"method": "{method}"' in one for one in settings) for method in ("nabla", "draft", "refl")]
+        assert len({*settings}) == len(settings) and len({*count}) == 1
 
 
 def strip(row):
@@ -57,13 +74,14 @@ def test_a_trial_that_diverges_is_a_row(world, tmp_path):
         compare.run(world, broken, [30], ABOUT, tmp_path / "rows.jsonl", tmp_path)
     row, = compare.read(tmp_path / "rows.jsonl")
     assert "not finite" in row["diverged"] and "not finite" in compare.tables([row | {"experiment": "tune"}])
+    assert compare.sweeps([row | {"experiment": "tune"}]) == {}
 
 
 def made(name, seed, mark, gain, alignment):
     metrics = {metric: {"change": 0.0, "after": 0.0} for metric in compare.METRICS}
     metrics |= {"reward": {"change": gain, "after": gain}, "alignment": {"change": alignment, "after": 0.0}}
-    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic"}, "mark": mark, "judged": mark,
-                    "updates": mark, "train_seconds": 1.0, "scorer": "-", **metrics}
+    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic", "method": "nabla"}, "mark": mark,
+                    "judged": mark, "updates": mark, "train_seconds": 1.0, "samples_per_prompt": 2, "scorer": "-", **metrics}
 
 
 def test_equal_reward_is_read_off_the_curve():
@@ -76,12 +94,20 @@ def test_equal_reward_is_read_off_the_curve():
     mean, half = compare.spread([1.0, 2.0, 6.0])
     assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)                    # t for 2 degrees of freedom
     assert "-0.025 ± 0.064" in compare.tables(rows)
+    sweep = compare.tables([row | {"experiment": "tune"} for row in rows if row["settings"]["seed"] == 0])
+    assert "| nabla |  | 12 | -0.020 |" in sweep and "| +0.300 |" in sweep       # 0.15 is a quarter of the way from 10 to 20
+
+
+def test_one_object_has_no_diversity():
+    row = made("a", 0, 10, 0.1, -0.01)
+    assert compare.cell([row], "diversity") == "+0.000" and compare.cell([row | {"samples_per_prompt": 1}], "diversity") == "–"
 
 
 def test_the_committed_rows_are_the_claim(tmp_path):
-    """Three seeds of each method, every setting once, and the README's table is made from them."""
-    rows = [row for row in compare.read(compare.ROWS)]
-    keys = [json.dumps([row["settings"], row["mark"], row["samples_per_prompt"]], sort_keys=True) for row in rows]
+    """Three seeds of each method, every setting once, and the README's tables are made from them."""
+    rows = compare.read(compare.ROWS)
+    keys = [json.dumps([row[name] for name in ("settings", "mark", "samples_per_prompt", "prompts")], sort_keys=True)
+            for row in rows]
     assert len(set(keys)) == len(keys)
     methods = {name for name, *_ in compare.trials("compare", "aesthetic", [0], quick=False)}
     for name in methods:
@@ -90,10 +116,31 @@ def test_the_committed_rows_are_the_claim(tmp_path):
         assert {row["settings"]["seed"] for row in found} >= {0, 1, 2}, name
         assert {row["settings"]["method"] for row in found} == {name.split("-")[0].split(",")[0].lower()}
     assert set(compare.ABLATIONS) <= {row["name"] for row in rows if row["experiment"] == "ablate"}
+    for reward in compare.BETA:                                 # every trial of the sweep is there
+        wanted = [settings for _, settings, _ in compare.trials("tune", reward, [0], quick=False)]
+        made = [row["settings"] for row in rows if row["experiment"] == "tune"]
+        assert all({"reward": reward} | settings in made for settings in wanted), reward
     assert {row["settings"]["reward"] for row in rows} == {"aesthetic", "hpsv2", "dnc"}
     readme = (ROOT / "README.md").read_text()
     lines = compare.tables(rows).splitlines()
-    quoted = [line for line in readme.splitlines() if line.startswith("| +0.") and "evaluations" not in line]
-    assert len(quoted) >= 10 and set(quoted) <= set(lines), set(quoted) - set(lines)
+    for title in ("## Against ReFL, DRaFT and DDPO", "## What matters: ablations"):
+        section = readme.partition(title)[2].partition("\n## ")[0]
+        quoted = [line for line in section.splitlines() if line.startswith("| ")]
+        assert len(quoted) >= 10 and set(quoted) <= set(lines), set(quoted) - set(lines)
     compare.plot(rows, "aesthetic", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 20_000
+    compare.plot_sweep(rows, tmp_path / "sweep.png")
+    assert min((tmp_path / name).stat().st_size for name in ("plot.png", "sweep.png")) > 20_000
+
+
+def test_the_first_table_is_the_committed_run():
+    """assets/results/default.json is the summary.json of the README's first command."""
+    summary = json.loads((ROOT / "assets/results/default.json").read_text())
+    names = {"reward": "**reward: colourfulness**", "alignment": "alignment: image-text cosine", "retrieved": "retrieval R@1",
+             "coverage": "alpha coverage", "dnc": "geometry: depth-normal consistency", "diversity": "diversity",
+             "fid_to_base": "FID to the base"}
+    readme = (ROOT / "README.md").read_text()
+    for metric, name in names.items():
+        value = summary[metric]
+        after = f"{value['after']:.3f}" if metric != "reward" else f"**{value['after']:.3f}**"
+        low, high = value["ci95"]
+        assert f"| {name} | {value['before']:.3f} | {after} | {low:+.3f} .. {high:+.3f} |" in readme
