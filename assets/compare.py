@@ -374,14 +374,14 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
     from matplotlib.figure import Figure
     costs = {"judged": ("objects judged in training", 1, 8), "alignment": ("alignment lost", -1, 1e-3),
              "fid_to_base": ("FID to the base gained", 1, 1e-3), "diversity": ("diversity changed (either way)", 0, 1e-3)}
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 4, sharey=True)
-    low = top = 0.0
+    low, top, lines = 0.0, 0.0, {method: iter(("-", "--", ":", "-.")) for method in METHODS}
     for name, marks in curves(rows, reward).items():
         group = next(iter(marks.values()))
-        style = {"color": METHODS[group[0]["settings"]["method"]][1],
-                 "linestyle": {0: "-", 1: "--", 2: ":"}.get(name.count(",") + (name.endswith("lean")), ":")}
+        method = group[0]["settings"]["method"]
+        style = {"color": METHODS[method][1], "linestyle": next(lines[method])}
         for axes, (key, (_, sign, least)) in zip(panels, costs.items()):
             def cost(row: dict, key: str = key, sign: int = sign) -> float:
                 value = row["judged"] if key == "judged" else row[key]["change"]
@@ -404,7 +404,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
         axes.set_xlim(left=0.8 * least)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
     r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 
