@@ -254,7 +254,8 @@ def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
     for row in rows:
         if row["experiment"] == "compare" and row["settings"]["reward"] == reward and "diverged" not in row:
             found.setdefault(row["name"], {}).setdefault(row["mark"], []).append(row)
-    return {name: dict(sorted(marks.items())) for name, marks in found.items()}
+    order = [name for name in COMPARED if name in found] + [name for name in found if name not in COMPARED]
+    return {name: dict(sorted(found[name].items())) for name in order}
 
 
 def reached(path: list[dict], gain: float, metric: str) -> float | None:
@@ -318,6 +319,15 @@ def tables(rows: list[dict]) -> str:
     """All rows as Markdown: the comparison at equal reward, then at every mark; the sweep; trials; ablations."""
     text, names, others = "", list(METRICS.values()), list(METRICS)[1:]
     for reward in dict.fromkeys(row["settings"]["reward"] for row in rows if row["experiment"] == "compare"):
+        def brief(marks: dict[int, list[dict]], gain: float) -> str:
+            judged = at_equal_reward(marks, gain, "judged")
+            if judged is None:
+                return f"not by {max(marks)}"
+            return f"{sum(judged) / len(judged):.0f}: {number(at_equal_reward(marks, gain, 'alignment'))}"
+
+        lines = [[name, *(brief(marks, gain) for gain in GAINS[reward])] for name, marks in curves(rows, reward).items()]
+        text += table(f"{reward}: evaluations to a gain of the reward, and what had become of alignment",
+                      ["method", *(f"{gain:+g}" for gain in GAINS[reward])], lines)
         lines = []
         for gain in GAINS[reward]:
             for name, marks in curves(rows, reward).items():
