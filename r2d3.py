@@ -136,7 +136,7 @@ class Config:
     method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or a baseline of its paper
     draft_steps: int = 1  # DRaFT-K's K: sampler steps that the gradient goes through
     draft_noises: int = 0  # DRaFT-LV: one step from so many renoised copies of the sample; 0: DRaFT-K
-    ddpo_clip: float = 1e-4  # DDPO: how far the likelihood ratio may leave 1
+    ddpo_clip: float | None = None  # DDPO: how far the likelihood ratio may leave 1; None: by base
 
     views: int | None = None  # pictures per object for the reward (paper: 4); None: by base
     view_size: int | None = None  # pixels of such a picture's side; None: by base
@@ -153,7 +153,7 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
     "shapes": {  # chosen from assets/results/compare.jsonl
         "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
              "branch": "conditional", "skip_below": 0.25, "views": 2, "view_size": 48, "eval_size": 64,
-             "beta": 1000.0, "lam": 1.0, "min_quantile": 0.0},
+             "beta": 1000.0, "lam": 1.0, "min_quantile": 0.0, "ddpo_clip": 1e-2},
         "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "ddpo": {"epochs": 40, "updates_per_epoch": 4},
@@ -161,7 +161,7 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
     "paper": {  # the paper's, for its bases
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
              "branch": "guided", "skip_below": 0.0, "views": 4, "view_size": 512, "eval_size": 512,
-             "beta": 1e6, "lam": 1e4, "min_quantile": 0.0},
+             "beta": 1e6, "lam": 1e4, "min_quantile": 0.0, "ddpo_clip": 1e-4},
         "aesthetic": {"beta": 2e6, "lam": 3e3},
         "hpsv2": {"beta": 1e7, "lam": 5e3},
         "normal": {"min_quantile": 0.2},
