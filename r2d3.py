@@ -44,6 +44,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -93,10 +94,11 @@ class Config:
     normal_gradient: bool = False  # of normal, also through the estimator (paper: the estimate is detached)
     angle_mask: bool = False  # normal and dnc only count where the surface is seen at less than 60 degrees
     base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15"] = "shapes"  # shapes: nothing is downloaded
-    weights: str | None = None  # a folder like DiffSplat's repo (for shapes a file), or random: untrained
+    weights: str | None = None  # a folder like DiffSplat's repo, or random: untrained (of shapes only a file)
+    precision: Literal["bf16", "float32"] = "bf16"  # of a diffsplat denoiser on a GPU; its LoRA is float32
     checkpoint_net: bool = False  # the denoiser's activations are computed twice, to save memory
     prompts: str | None = None  # a file, one a line; a prompt; hpdv2:photo; None: shapes or objects_train.txt
-    min_quantile: float | None = None  # leave out this share, where the base scores lowest; None: by base
+    min_quantile: float | None = None  # leave out this share, where the base scores lowest; None: by both
     test_prompts: str | None = None  # never trained on, to measure; None: shapes_test.txt or objects_test.txt
     out: str | None = None  # folder to write to; None: runs/<base>-<reward>-seed<seed>
     run: str | None = None  # for sample and evaluate: the run whose LoRA to use; None: the base as it is
@@ -111,7 +113,7 @@ class Config:
     batch_size: int | None = None  # objects sampled per epoch and process; None: by base
     updates_per_epoch: int | None = None  # optimiser steps, which share an epoch's transitions; None: by base
     updates_per_gradient: int = 1  # an epoch's transitions are gone through so often (paper: 1)
-    micro_batch: int = 16  # transitions in one forward and backward pass; memory grows with it
+    micro_batch: int | None = None  # transitions in one forward and backward pass: memory; None: by base
     lr: float | None = None  # learning rate of AdamW; None: by base
     weight_decay: float = 1e-4  # of AdamW (paper)
     max_grad_norm: float = 1.0  # the gradient of all LoRA weights is clipped to this norm (paper)
@@ -153,7 +155,7 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
     "shapes": {  # chosen from assets/results/compare.jsonl
         "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
              "branch": "conditional", "skip_below": 0.25, "views": 2, "view_size": 48, "eval_size": 64,
-             "beta": 1000.0, "lam": 1.0, "min_quantile": 0.0, "ddpo_clip": 1e-2},
+             "beta": 1000.0, "lam": 1.0, "min_quantile": 0.0, "ddpo_clip": 1e-2, "micro_batch": 16},
         "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "ddpo": {"epochs": 40, "updates_per_epoch": 4},
@@ -161,7 +163,7 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
     "paper": {  # the paper's, for its bases
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
              "branch": "guided", "skip_below": 0.0, "views": 4, "view_size": 512, "eval_size": 512,
-             "beta": 1e6, "lam": 1e4, "min_quantile": 0.0, "ddpo_clip": 1e-4},
+             "beta": 1e6, "lam": 1e4, "min_quantile": 0.0, "ddpo_clip": 1e-4, "micro_batch": 4},
         "aesthetic": {"beta": 2e6, "lam": 3e3},
         "hpsv2": {"beta": 1e7, "lam": 5e3},
         "normal": {"min_quantile": 0.2},
@@ -177,9 +179,10 @@ def resolve(config: Config) -> Config:
     usual = presets[""] | presets.get(first_reward, {}) | presets.get(config.method, {})
     name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
     kind = "shapes" if config.base == "shapes" else "objects"
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     usual |= {"prompts": str(HERE / f"prompts/{kind}_train.txt"),
               "test_prompts": str(HERE / f"prompts/{kind}_test.txt"),
-              "samples_per_prompt": 4, "device": "cuda" if torch.cuda.is_available() else "cpu",
+              "samples_per_prompt": 4, "device": gpu if torch.cuda.is_available() else "cpu",
               "out": f"runs/{config.base}-{name}{'' if config.method == 'nabla' else '-' + config.method}"
                      f"-seed{config.seed}"}
     filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
@@ -210,8 +213,8 @@ def resolve(config: Config) -> Config:
             raise UserError(f"--{name.replace('_', '-')} is {value}; at most {at_most.get(name, 1e30)} works")
     if min(config.view_size, config.eval_size) < 8:
         raise UserError("--view-size and --eval-size must be at least 8 pixels")
-    if config.steps == 1 and config.last_step == "never":
-        raise UserError("--steps 1 with --last-step never leaves nothing to train; use more steps")
+    if not pick_steps(config, seeded(0)):
+        raise UserError("nothing to train; use more --steps, a lower --train-from, another --last-step")
     if config.draft_noises and config.draft_steps > 1:
         raise UserError("--draft-noises is DRaFT-LV, which has one step; leave --draft-steps out")
     return config
@@ -554,7 +557,8 @@ def load_base(config: Config, device: torch.device | str) -> DiffSplat:
         path = Path(config.weights or HERE / "assets/shapes.safetensors")
         parts, tower, normals = shapes.load(path, device)
     else:
-        parts, tower, normals = published.load(config.base, config.weights, device), None, None
+        parts = published.load(config.base, config.weights, device, config.precision)
+        tower = normals = None
     base = DiffSplat(**parts, device=device)
     base.tower, base.normals = tower, normals
     if config.checkpoint_net:
@@ -1037,7 +1041,7 @@ def start_processes(config: Config) -> tuple[Config, int, int]:
         return config, 0, 1
     rank, on_gpu = int(os.environ["RANK"]), config.device.startswith("cuda")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=24))
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
@@ -1155,13 +1159,13 @@ def dry_run(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: l
     SECONDS.clear()
     begun, optimizer = time.perf_counter(), torch.optim.AdamW(trained, lr=config.lr)
     rows = list(train_epoch(base, reward, schedule, prompts, null, optimizer, config, 0, 0, 1, {}))
-    result = {"device": torch.cuda.get_device_name() if on_gpu else "CPU", "objects": config.batch_size,
-              "updates": len(rows), "judged": sum(row["judged"] for row in rows),
-              "parameters": {"denoiser": sum(weight.numel() for weight in base.net.parameters()),
+    result = {"device": torch.cuda.get_device_name(config.device) if on_gpu else "CPU",
+              "objects": config.batch_size, "updates": len(rows), "judged": sum(r["judged"] for r in rows),
+              "parameters": {"denoiser": sum(w.numel() for w in base.net.parameters() if not w.requires_grad),
                              "VAE": sum(weight.numel() for weight in base.vae.parameters()),
                              "LoRA, trained": sum(weight.numel() for weight in trained)},
               "seconds": SECONDS | {"all": time.perf_counter() - begun},
-              "peak_GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else
+              "peak_GB": torch.cuda.max_memory_allocated(config.device) / 1e9 if on_gpu else
                          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}              # of kilobytes
     print(json.dumps(result, indent=1))
     return result
@@ -1175,8 +1179,9 @@ def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
                     "try a smaller --lr or --beta")
 
 
-# What may differ between a run and its continuation; everything else has to be the same.
-FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device"}
+# What may differ between a run and its continuation, else nothing. (Prompts are compared by what they say.)
+FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "row", "dry_run", "backend", "micro_batch",
+                  "checkpoint_net", "checkpoint_scorer", "prompts", "test_prompts"}
 
 
 def open_run(config: Config, prompts: str) -> tuple[Config, dict | None]:
@@ -1210,7 +1215,8 @@ def open_run(config: Config, prompts: str) -> tuple[Config, dict | None]:
         raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); name another folder with "
                         "--out, what is in this one can still be used with --run") from None
     if not same:
-        raise UserError(f"the prompts are not those {out} began with; restore them or name another --out")
+        raise UserError(f"the prompts are not those {out} began with, or the number of processes is not; "
+                        "restore them or name another --out")
     if epoch > config.epochs:
         raise UserError(f"{out} has {epoch} epochs already; give --epochs {epoch} or more")
     return config, state
@@ -1237,8 +1243,7 @@ def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, pro
                    config: Config) -> list[str]:
     """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
 
-    One object each; processes share the work. Scores are cached as they come in, for all runs with the same
-    base, reward and views, whatever their seed.
+    One object each; processes share the work. Scores are cached for all runs with this base and reward.
     """
     if not config.min_quantile:
         return prompts
@@ -1272,12 +1277,11 @@ def describe_run(config: Config, reward: Reward) -> dict:
     """What config.json holds: every setting, and with what and by whom the run was made."""
     names = ("torch", "diffusers", "peft", "triton", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    try:
+    git = None
+    with contextlib.suppress(OSError):                          # no git here
         git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
                              capture_output=True, text=True).stdout.strip() or None
-    except OSError:                                             # no git here
-        git = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
     return {"config": dataclasses.asdict(config), "scorer": reward.title, "command": sys.argv,
             "seed": config.seed, "git_commit": git, "gpu": gpu,
             "versions": {"python": sys.version.split()[0], **versions}}
@@ -1313,7 +1317,7 @@ def train(config: Config) -> dict:
     if config.method == "nabla" and config.skip_below and few:
         raise UserError("only the last step would be trained, where no reward is heard; raise --fraction")
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
-    digest = hashlib.sha256(repr((prompts, test_prompts)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
     config, state = (config, None) if config.dry_run else open_run(config, digest)
     base = load_base(config, config.device)
     reward = load_reward(config.reward, base, config.device, config)
@@ -1325,9 +1329,9 @@ def train(config: Config) -> dict:
     reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])  # cannot be trained? found before work
     if config.dry_run:
         return dry_run(base, reward, schedule, prompts, null, config)
-    with fetching("the networks that measure", "0.6 GB"):
-        features = metrics.load_features(base.tower, config.device)
     out, quiet = Path(config.out), rank > 0
+    with fetching("the networks that measure", "0.6 GB"):
+        features = None if quiet else metrics.load_features(base.tower, config.device)
     if not quiet:
         print_plan(config, reward, len(prompts), len(test_prompts), world, state)
         write_atomic(out / "config.json", json.dumps(describe_run(config, reward), indent=1))
@@ -1376,9 +1380,8 @@ def train(config: Config) -> dict:
         return {}
     after = measure(base, reward, features, schedule, test_prompts, config, config.seed, "after")
     summary = {"scorer": reward.title, "base": config.base, "method": config.method, "epochs": config.epochs,
-               "updates": len(rows), "judged": rows[-1]["judged"],
-               "features": features.title, **metrics.compare(before, after, other),
-               "seconds": time.perf_counter() - started}
+               "updates": len(rows), "judged": rows[-1]["judged"], "features": features.title,
+               **metrics.compare(before, after, other), "seconds": time.perf_counter() - started}
     write_report(base, test_prompts, before, after, rows, summary, config, out)
     metrics.print_summary(summary)
     print(f"open {out / 'report.html'}, or make new objects: "
@@ -1389,13 +1392,13 @@ def train(config: Config) -> dict:
 def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, world: int,
                state: dict | None) -> None:
     """Say what is going to happen, before it does."""
-    picked = max(1, int(config.steps * config.fraction + 1e-9))
+    picked = len(pick_steps(config, seeded(0)))
     objects = config.batch_size * world
     print(f"base      {config.base} on {config.device}" + (f", {world} processes" if world > 1 else ""))
     print(f"reward    {reward.title}")
     print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples "
-          f"{objects} objects in {config.steps} steps and trains\n          {objects * picked} "
-          f"transitions, each judged in {config.views} views of {config.view_size} pixels squared")
+          f"{objects} objects in {config.steps} steps\n          and trains on {objects * picked} of these; "
+          f"rewards see {config.views} views of {config.view_size} pixels squared")
     print(f"prompts   {prompts} to train on, {test_prompts} x {config.samples_per_prompt} to measure")
     if config.base == "shapes" and torch.cuda.is_available():
         print("bigger    this GPU can run the paper's base: --base diffsplat-pixart (a large download, once)")
@@ -1418,27 +1421,21 @@ def measure(base: DiffSplat, reward: Reward, features: Features, schedule: Noise
     every = [n for n in range(P) for _ in range(S)]
     texts, null, parts = features.text(prompts), base.encode([""]), []
     chunks = [every[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
-    with tqdm(total=len(chunks) * config.steps, desc=f"evaluating {label}", leave=False) as bar:
-        def count(steps):
-            for i in steps:
-                yield i
-                bar.update()
-
-        for number, rows in enumerate(chunks):
-            named = [prompts[n] for n in rows]
-            cond, generator = base.encode(named), seeded(seed, number)
-            x0 = rollout(base, schedule, cond, null, config.guidance, generator, count).x[:, -1]
-            cameras = input_cameras(len(rows))
-            pictures = render(base.decode(x0), *cameras, config.eval_size, config.backend)
-            images = pictures.image.flatten(0, 1)
-            seen = {see: see(images).unflatten(0, (len(rows), -1))
-                    for see in {features.image, features.diversity, features.fid}}
-            similar = seen[features.image].mean(1) @ texts.T    # (rows, P)
-            own = torch.tensor(rows, device=similar.device)
-            parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
-                          (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)),
-                          depth_normal_consistency(pictures, named).mean(1), seen[features.diversity],
-                          seen[features.fid], x0))
+    for number, rows in enumerate(chunks):
+        named = [prompts[n] for n in rows]
+        cond, generator = base.encode(named), seeded(seed, number)
+        bar = partial(tqdm, desc=f"evaluating {label}, {number + 1} of {len(chunks)}", leave=False)
+        x0 = rollout(base, schedule, cond, null, config.guidance, generator, bar).x[:, -1]
+        pictures = render(base.decode(x0), *input_cameras(len(rows)), config.eval_size, config.backend)
+        images = pictures.image.flatten(0, 1)
+        seen = {see: see(images).unflatten(0, (len(rows), -1))
+                for see in {features.image, features.diversity, features.fid}}
+        similar = seen[features.image].mean(1) @ texts.T    # (rows, P)
+        own = torch.tensor(rows, device=similar.device)
+        parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
+                      (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)),
+                      depth_normal_consistency(pictures, named).mean(1), seen[features.diversity],
+                      seen[features.fid], x0))
     return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
 
 
@@ -1464,10 +1461,10 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
         pictures = [render(one, *cameras, 144, config.backend).image[:, 0].cpu() for one in objects]
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1))
-    settings = json.dumps(dataclasses.asdict(config), indent=1)
     for name, content in report.files(*pictures, [prompts[n] for n in shown],
                                       turntable(both, backend=config.backend), rows, summary, METRICS,
-                                      f"{config.reward} on {config.base}", settings).items():
+                                      f"{config.reward} on {config.base}",
+                                      json.dumps(dataclasses.asdict(config), indent=1)).items():
         write_atomic(out / name, content)
 
 
@@ -1521,7 +1518,7 @@ def sample(config: Config) -> list[Path]:
 
 def evaluate(config: Config) -> dict:
     """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
-    started, given = time.perf_counter(), config.out
+    started, given, run = time.perf_counter(), config.out, config.run
     if config.base_only:
         config = dataclasses.replace(config, run=None, lora=None)
     config, base = load_run(dataclasses.replace(config, samples_per_prompt=config.samples_per_prompt or 32))
@@ -1531,6 +1528,10 @@ def evaluate(config: Config) -> dict:
     schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     prompts = load_prompts(config.test_prompts)
+    base.prepare([*prompts, ""])
+    if config.row:                                              # cannot be written? found before work
+        Path(config.row).parent.mkdir(parents=True, exist_ok=True)
+        open(config.row, "a").close()
     common = base, reward, features, schedule, prompts, config
     tuned = bool(config.run or config.lora)
     after = measure(*common, config.seed, "the fine-tuned model" if tuned else "the base")
@@ -1540,10 +1541,10 @@ def evaluate(config: Config) -> dict:
     summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
                "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
-    out = Path(given or (f"{config.run}/evaluation" if config.run else f"{config.out}-evaluation"))
+    place = f"{run}/evaluation{'-base' * config.base_only}" if run else f"{config.out}-evaluation"
+    out = Path(given or place)
     write_report(base, prompts, before, after, [], summary, config, out)
     if config.row:
-        Path(config.row).parent.mkdir(parents=True, exist_ok=True)
         with open(config.row, "a") as file:
             file.write(json.dumps(summary) + "\n")
     metrics.print_summary(summary)
@@ -1566,8 +1567,8 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
                 theirs = run_config(config.run)
                 config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None,
                                                           samples_per_prompt=None))
-            if config.resume and name != "train":
-                raise UserError("--resume is for training; leave it out")
+            if (config.resume or config.dry_run) and name != "train":
+                raise UserError("--resume and --dry-run are for training; leave them out")
             return commands[name], config
     except SystemExit as stop:
         if stop.code == 0:                                      # --help
@@ -1587,10 +1588,11 @@ def main() -> int:
         print(f"\nr2d3: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("\nr2d3: out of memory; try a smaller --micro-batch or --eval-batch", file=sys.stderr)
+        print("\nr2d3: out of memory; try a smaller --micro-batch or --eval-batch, --checkpoint-net or "
+              "--checkpoint-scorer", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nr2d3: stopped; with --resume training goes on after its last epoch", file=sys.stderr)
+        print("\nr2d3: stopped; with --resume a training goes on after its last epoch", file=sys.stderr)
         return 130
 
 

@@ -60,11 +60,11 @@ def download(base: str) -> Path:
                         "base") from None
 
 
-def load(base: str, weights: str | None, device: torch.device | str) -> dict:
+def load(base: str, weights: str | None, device: torch.device | str, precision: str = "bf16") -> dict:
     """What r2d3.DiffSplat is made from; bf16 on a GPU.
 
     `weights` is a folder laid out like the published repo, "random" for networks before any training, or None to fetch
-    what is needed. The text encoder is loaded when prompts are first encoded, and is gone afterwards.
+    what is needed. On a GPU both networks are bf16, with `precision` "float32" the denoiser is not. The text encoder is loaded when prompts are first encoded, and is gone afterwards.
     """
     about = PUBLISHED[base]
     if weights == "random":
@@ -75,9 +75,9 @@ def load(base: str, weights: str | None, device: torch.device | str) -> dict:
     else:
         net, vae = load_networks(base, Path(weights) if weights else download(base))
         encode = TextEncoder(base, Path(weights) if weights else None, device)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    for network in (net, vae):
-        nn.Module.to(network, dtype)                            # diffusers' own .to warns of nothing
+    half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    nn.Module.to(net, half if precision == "bf16" else torch.float32)     # diffusers' own .to warns of nothing
+    nn.Module.to(vae, half)
     return {"net": net, "vae": vae, "text": encode, "image_size": min(256, vae.config.sample_size),
             "prediction_type": "epsilon", "guidance": 7.5, "betas": about["betas"],
             "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),

@@ -153,10 +153,10 @@ class MarigoldNormals(nn.Module):
             model = cls(parts, torch.zeros(1, 2, 1024))
         else:
             model = cls(MarigoldNormalsPipeline.from_pretrained(cls.name, variant="fp16").to(torch.float32))
+        model.vae.enable_slicing()                              # one picture at a time: they are large
         if checkpoint:
             model.unet.enable_gradient_checkpointing()
             model.vae.enable_gradient_checkpointing()
-            model.vae.enable_slicing()                          # one picture at a time
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         return model.to(device, dtype).eval().requires_grad_(False)
 

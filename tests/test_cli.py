@@ -95,6 +95,8 @@ def test_readme_commands_parse(monkeypatch, tmp_path):
     (["--lam", "-1"], ["--lam", "negative"]),
     (["--fraction", "1.5"], ["--fraction"]),
     (["--steps", "1", "--last-step", "never"], ["nothing to train"]),
+    (["--steps", "4", "--train-from", "0.75", "--last-step", "never"], ["nothing to train", "--train-from"]),
+    (["sample", "--dry-run", "--prompts", "a red cube"], ["--dry-run", "for training"]),
     (["--prompts", "a red teapot"], ["'teapot'", "cube"]),
     (["--prompts", "a red cube on a blue cube on a green cube"], ["words"]),
     (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
