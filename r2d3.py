@@ -98,7 +98,7 @@ class Config:
     precision: Literal["bf16", "float32"] = "bf16"  # of a diffsplat denoiser on a GPU; its LoRA is float32
     checkpoint_net: bool = False  # the denoiser's activations are computed twice, to save memory
     prompts: str | None = None  # a file, one a line; a prompt; hpdv2:photo; None: shapes or objects_train.txt
-    min_quantile: float | None = None  # leave out this share, where the base scores lowest; None: by both
+    min_quantile: float | None = None  # leave out the share where the base is worst; None: by base and reward
     test_prompts: str | None = None  # never trained on, to measure; None: shapes_test.txt or objects_test.txt
     out: str | None = None  # folder to write to; None: runs/<base>-<reward>-seed<seed>
     run: str | None = None  # for sample and evaluate: the run whose LoRA to use; None: the base as it is

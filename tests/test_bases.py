@@ -593,6 +593,16 @@ def test_half_precision_weights_predict_in_single(name, folder):
     assert {weight.dtype for weight in base.net.parameters() if weight.requires_grad} == {torch.float32}
 
 
+def test_evaluate_encodes_all_prompts_at_once(name, folder, small, tmp_path, monkeypatch):
+    """Else a text encoder of gigabytes would be loaded for every batch."""
+    encode, calls = published.TextEncoder.encode, []
+    monkeypatch.setattr(published.TextEncoder, "encode", lambda self, prompts: calls.append(prompts) or encode(self, prompts))
+    (tmp_path / "test.txt").write_text("a red cube\na blue lamp with two arms")
+    r2d3.evaluate(Config(base=name, weights=str(folder), reward="dnc", test_prompts=str(tmp_path / "test.txt"), steps=2,
+                         samples_per_prompt=2, eval_batch=1, eval_size=28, device="cpu", out=str(tmp_path / "out")))
+    assert calls == [["a red cube", "a blue lamp with two arms", ""]]
+
+
 @pytest.mark.parametrize("reward", ["aesthetic", "hpsv2", "normal", "dnc"])
 def test_the_whole_job(name, folder, small, reward, pipeline, tmp_path, monkeypatch, capsys):
     """Rollout, reward, loss, update, checkpoint, evaluation, resume and samples, from a folder in the published layout."""
