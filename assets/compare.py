@@ -351,6 +351,17 @@ def tables(rows: list[dict]) -> str:
             lines.append([path[0]["settings"]["method"], changes(path[0]["settings"]), *shown, f"{best:+.3f}"])
         text += table(f"{reward}: the sweep, at a gain of {gain:g}",
                       ["method", "settings", "evaluations", *names[1:], "largest gain"], lines)
+        lines = []
+        for gain in GAINS[reward]:
+            for method, (name, *_) in METHODS.items():
+                costs = [(reached(path, gain, "alignment"), reached(path, gain, "judged")) for path in found
+                         if path[0]["settings"]["method"] == method]
+                costs = [cost for cost in costs if cost[0] is not None]
+                if costs:
+                    lines.append([f"{gain:+g}", name, str(len(costs)), *(f"{cost:+.3f} ({judged:.0f})" for cost, judged in
+                                                                        (max(costs), min(costs, key=lambda cost: cost[1])))])
+        text += table(f"{reward}: the best of the sweep", ["gained", "method", "by how many settings",
+                      "least alignment lost (evaluations)", "fewest evaluations: alignment lost (evaluations)"], lines)
     alone = {"nabla-R2D3": "**the default**", "nabla-R2D3, beta x 3": "beta 3000"}
     found = [row | {"name": alone[row["name"]]} for row in rows if row["experiment"] == "compare" and row["mark"] == 256 and
              row["name"] in alone and row["settings"]["reward"] == "aesthetic" and row["settings"]["seed"] == 0]
@@ -403,8 +414,9 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
                 drawn.append((max(x, least), gain, min(x_half, x - least) if x > least else 0.0, x_half, half))
                 low, top = min(low, gain), max(top, gain)
             x, gain, left, right, half = zip(*drawn)
-            axes.errorbar(x, gain, xerr=None if key == "judged" else (left, right), yerr=half, label=name, marker="o",
-                          markersize=4, linewidth=2, elinewidth=0.6, alpha=0.9, **style)
+            axes.plot(x, gain, label=name, marker="o", markersize=4, linewidth=2, alpha=0.9, **style)
+            axes.errorbar(x, gain, xerr=None if key == "judged" else (left, right), yerr=half, linestyle="none",
+                          elinewidth=0.5, alpha=0.35, color=style["color"])
             for seed in {row["settings"]["seed"] for group in marks.values() for row in group}:
                 own = [row for group in marks.values() for row in group if row["settings"]["seed"] == seed]
                 axes.plot([max(cost(row), least) for row in own], [row["reward"]["change"] for row in own], linewidth=0.5,
@@ -420,6 +432,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
     """Every setting of the sweep as a point: evaluations to a gain, and the alignment that it cost."""
+    from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -432,7 +445,11 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
             points = [(judged, max(-lost, 1e-3)) for judged, lost in points if judged is not None]
             axes.plot(*zip(*points) if points else ((), ()), marker, color=color, label=f"{name}, {len(paths)} settings")
         axes.set(title=f"at a gain of {gain:g}", xscale="log", yscale="log", xlabel="objects judged in training")
-        axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        axes.grid(alpha=0.3)
     panels[0].set(ylabel="alignment lost")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
