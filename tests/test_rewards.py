@@ -135,7 +135,7 @@ def published(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "hpsv2.utils", utils)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    return SimpleNamespace(clip=clip.eval(), asked=asked, folder=tmp_path, create=create)
+    return SimpleNamespace(clip=clip.eval().requires_grad_(False), asked=asked, folder=tmp_path, create=create)
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1"])
