@@ -121,13 +121,13 @@ def load(name, folder, **settings):
 
 
 def test_denoiser_from_the_folder_is_the_recorded_one(name, folder):
-    """Outputs of the official multi-view networks; measured 0."""
+    """Outputs of the official multi-view networks; measured 0 where they were recorded, 1.1e-6 on a CPU without AVX-512."""
     base = load(name, folder)
     d, _ = data("pixart_mv" if name == "diffsplat-pixart" else "unet_mv")
     with torch.no_grad():
         out = base.net(d["x"], encoder_hidden_states=d["text_embeds"], timestep=d["timestep"], return_dict=False,
                        encoder_attention_mask=d.get("text_mask"), added_cond_kwargs={"resolution": None, "aspect_ratio": None})[0]
-    assert close(out, d["out"], 1e-6)
+    assert close(out, d["out"], 5e-6)
     for wrong in (1.05 * out, -out, out.roll(1, 0), d["out_num_views_1"]):
         assert not close(wrong, d["out"], 1e-2)
     assert base.guidance == 7.5 and base.latent_shape == (4, 4, 8, 8) and base.tower is None
