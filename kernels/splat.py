@@ -321,6 +321,7 @@ LANES = dict(BLOCK=128, num_warps=4, enable_fp_fusion=True)  # a Gaussian or a p
 ADD_PAIRS = dict(ROWS=32, num_warps=4)
 
 if triton is not None:
+    # Constants stand to the right of tensors: triton 3.8 interprets constexpr * tensor as a constexpr.
     _NEAR, _FOV_MARGIN, _VANISHING = tl.constexpr(NEAR), tl.constexpr(FOV_MARGIN), tl.constexpr(VANISHING)
     _ALPHA_MIN, _ALPHA_MAX, _T_MIN = tl.constexpr(ALPHA_MIN), tl.constexpr(ALPHA_MAX), tl.constexpr(T_MIN)
 
@@ -371,7 +372,7 @@ if triton is not None:
         """u, v and, in world space, the rows j of J R_wc; the rows e of J M; their cross product."""
         right, down, forward, origin, fx, fy, cx, cy = camera
         tx, ty, tz = t
-        limit_u, limit_v = _FOV_MARGIN * W / 2 / fx, _FOV_MARGIN * H / 2 / fy
+        limit_u, limit_v = W * _FOV_MARGIN / 2 / fx, H * _FOV_MARGIN / 2 / fy
         u = tl.minimum(tl.maximum(tx / tz, -limit_u), limit_u)
         v = tl.minimum(tl.maximum(ty / tz, -limit_v), limit_v)
         kx, ky = fx / tz, fy / tz
@@ -788,7 +789,7 @@ if triton is not None:
             g_C_xy = g_r * a / C_yy
             g_C_yy = (0.5 * a * g_a - r * g_r + h * syy) / C_yy
             more = det + _VANISHING
-            g_det = -0.5 * a * g_a / det + 0.5 * one * _VANISHING / (more * (det + _VANISHING * more))
+            g_det = -0.5 * a * g_a / det + 0.5 * one * _VANISHING / (more * (det + more * _VANISHING))
             # C_xy = ex . ey,  C_yy = ey . ey,  det = |c|^2,  c = ex x ey
             across = _cross(ey, c)
             g_ex = 2 * g_det * across[0], 2 * g_det * across[1], 2 * g_det * across[2]
@@ -861,8 +862,8 @@ if triton is not None:
                 g_v += _dot(down, g_ray)
 
             # u = tx / tz where it is not clamped,  x = fx tx / tz + cx - 1/2
-            g_u = fx * g_x + tl.where(tl.abs(tx / tz) <= _FOV_MARGIN * W / 2 / fx, g_u, 0.0)
-            g_v = fy * g_y + tl.where(tl.abs(ty / tz) <= _FOV_MARGIN * H / 2 / fy, g_v, 0.0)
+            g_u = fx * g_x + tl.where(tl.abs(tx / tz) <= W * _FOV_MARGIN / 2 / fx, g_u, 0.0)
+            g_v = fy * g_y + tl.where(tl.abs(ty / tz) <= H * _FOV_MARGIN / 2 / fy, g_v, 0.0)
             g_tx += g_u / tz
             g_ty += g_v / tz
             g_tz -= (g_u * tx + g_v * ty) / (tz * tz)
