@@ -132,6 +132,7 @@ class Config:
     train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
     stratify: bool = True  # draw the trained steps evenly over time (paper); else uniformly at random
     skip_below: float | None = None  # steps weighted below this share of the largest do without g; paper: 0
+    reward_at: Literal["step", "sample"] | None = None  # each step (E7, paper), or once (E8); None: by base
     jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
     clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
 
@@ -154,16 +155,18 @@ class Config:
 PRESETS = {  # by base; under "" for all, then by reward and by method (the later wins)
     "shapes": {  # chosen from assets/results/compare.jsonl
         "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
-             "branch": "conditional", "skip_below": 0.25, "views": 2, "view_size": 48, "eval_size": 64,
-             "beta": 1000.0, "lam": 1.0, "min_quantile": 0.0, "ddpo_clip": 1e-2, "micro_batch": 16},
+             "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 1000.0, "lam": 1.0,
+             "views": 2, "view_size": 48, "eval_size": 64, "min_quantile": 0.0, "ddpo_clip": 1e-2,
+             "micro_batch": 16},
         "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "ddpo": {"epochs": 40, "updates_per_epoch": 4},
     },
     "paper": {  # the paper's, for its bases
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
-             "branch": "guided", "skip_below": 0.0, "views": 4, "view_size": 512, "eval_size": 512,
-             "beta": 1e6, "lam": 1e4, "min_quantile": 0.0, "ddpo_clip": 1e-4, "micro_batch": 4},
+             "branch": "guided", "reward_at": "step", "skip_below": 0.0, "beta": 1e6, "lam": 1e4,
+             "views": 4, "view_size": 512, "eval_size": 512, "min_quantile": 0.0, "ddpo_clip": 1e-4,
+             "micro_batch": 4},
         "aesthetic": {"beta": 2e6, "lam": 3e3},
         "hpsv2": {"beta": 1e7, "lam": 5e3},
         "normal": {"min_quantile": 0.2},
@@ -896,6 +899,7 @@ class Transitions(NamedTuple):
     cond: Cond                 # M prompts, encoded
     prompts: list[str]         # M prompts
     advantage: Tensor | None = None     # (M,) of the whole trajectory, for DDPO
+    uphill: Tensor | None = None        # (M, *latent) reward's gradient at the trajectory's end, for (E8)
 
 
 def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
@@ -908,14 +912,36 @@ def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], confi
     return reward(pictures, prompts).mean(1), pictures
 
 
+def judge_samples(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
+                  generator: torch.Generator, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards (B,) of an epoch's samples, their alpha coverage (B,), and with `gradient` the rewards'
+    gradient (B, *latent), else zeros."""
+    scores, covered, uphill = [], [], torch.zeros_like(x0)
+    for rows in torch.arange(len(x0)).split(config.micro_batch):
+        part = x0[rows].requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            score, pictures = judge(base, reward, part, [prompts[n] for n in rows], config, generator)
+        if gradient:
+            uphill[rows], = torch.autograd.grad(score.sum(), part)
+        scores.append(score.detach())
+        covered.append(pictures.alpha.detach().mean((1, 2, 3, 4)))
+    return torch.cat(scores), torch.cat(covered), uphill
+
+
 def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
                     config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """g (M, *latent): gradient by x_s of the reward's mean over views (E7); and that mean (M,)."""
+    """g (M, *latent): gradient by x_s of the reward's mean over views (E7), and that mean (M,); where
+    `batch` has the reward's gradient at the sample, of that linear function of x0(x_s) instead (E8).
+    """
     x_s = batch.x_s.detach().requires_grad_()
     s = batch.i + 1
     with contextlib.nullcontext() if config.jacobian else torch.no_grad():
         eps = predict_guided(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
-    score, _ = judge(base, reward, schedule.x0(x_s, eps, s), batch.prompts, config, generator)  # (E1) at s
+    x0 = schedule.x0(x_s, eps, s)                                                               # (E1) at s
+    if batch.uphill is None:
+        score, _ = judge(base, reward, x0, batch.prompts, config, generator)                    # (E7)
+    else:
+        score = (x0 * batch.uphill).flatten(1).sum(1)                                           # (E8)
     g, = torch.autograd.grad(score.sum(), x_s)
     if config.clip_reward_grad:
         norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -1059,30 +1085,30 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
     cond = base.encode(chosen)
     with phase("rollout", config):
         trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
-    with torch.no_grad():                   # for the log and for DDPO: what the samples themselves score
-        score, pictures = judge(base, reward, trajectory.x[:, -1], chosen, config, generator)
-    sampled = {"reward": score.mean().item(), "coverage": pictures.alpha.mean().item()}
-
-    ddpo, advantage = config.method == "ddpo", torch.zeros_like(score)
+    ddpo, once = config.method == "ddpo", config.method == "nabla" and config.reward_at == "sample"
+    with phase("reward gradient" if once else "rollout", config):
+        score, covered, uphill = judge_samples(base, reward, trajectory.x[:, -1], chosen, config, generator,
+                                               gradient=once)
+    sampled, advantage = {"reward": score.mean().item(), "coverage": covered.mean().item()}, torch.zeros(B)
     if ddpo:
         everyone = [(score.tolist(), chosen)] * world
         if world > 1:
             torch.distributed.all_gather_object(everyone, (score.tolist(), chosen))
         scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
-        advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B].to(score)
+        advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B]
     guidance = config.guidance if config.branch == "guided" or ddpo else 1.0
     eps_old = guide(trajectory.eps_uncond if guidance != 1 else None, trajectory.eps_text, guidance)
     pairs = torch.tensor([(b, i) for b in range(B) for i in pick_steps(config, generator)])
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     shares = pairs.tensor_split(min(config.updates_per_epoch, len(pairs))) * config.updates_per_gradient
-    judged, gradients = B if ddpo else 0, {}                    # objects judged; g, which may be used again
+    judged, gradients = B if ddpo or once else 0, {}            # objects judged; g, which may be used again
     weight = match_weights(schedule, torch.arange(config.steps), config)[1]
     heard = weight >= config.skip_below * weight.max()          # (T,) the steps at which the reward counts
 
     def gather(part: Tensor) -> Transitions:
         b, i = part.unbind(1)
         return Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b],
-                           [chosen[n] for n in b], advantage[b])
+                           [chosen[n] for n in b], advantage[b].to(score), uphill[b] if once else None)
 
     for number, share in enumerate(shares):
         totals = {}
@@ -1097,7 +1123,7 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                             g[some], judgement = reward_gradient(base, reward, schedule, gather(part[some]),
                                                                  null, config, generator)
                         score[some] = judgement.cpu()
-                    judged += int(some.sum())
+                    judged += 0 if once else int(some.sum())
                     gradients[key] = g, score
                 g, score = gradients[key]
                 with phase("matching", config):

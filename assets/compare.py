@@ -45,8 +45,9 @@ METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "co
 ROWS, WORK = ROOT / "assets/results/compare.jsonl", ROOT / "runs/compare"
 
 # Settings that are not named here are r2d3.py's defaults for the embedded base, as far as they are not in START.
-START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25}
-NABLA = START | {"method": "nabla"}
+START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25, "reward_at": "step"}
+STEP = START | {"method": "nabla"}                              # the reward is asked at every trained step (E7)
+NABLA = STEP | {"reward_at": "sample", "batch_size": 2, "lr": 5e-4, "updates_per_epoch": 4, "beta": 4000.0}    # once (E8)
 DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
 REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
 DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
@@ -91,15 +92,20 @@ ABLATIONS = {
     "beta 300": {"beta": 300.0},
 }
 
-NABLA_SPEEDS = ((16, 1e-3, 16), (8, 2e-3, 8), (4, 2e-3, 8), (4, 3e-3, 4))       # batch, lr, updates per epoch
+STEP_SPEEDS = ((16, 1e-3, 16), (8, 2e-3, 8), (4, 2e-3, 8), (4, 3e-3, 4))        # batch, lr, updates per epoch
 SMALL = [8, 16, 32, 64, 128]
-TUNE = [     # 18 settings of every method (of DDPO 12), seed 0
-    *((NABLA | {"batch_size": batch, "lr": lr, "updates_per_epoch": updates, "beta": beta},
+DENSE = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+OTHER = ({"views": 4}, {"lora_rank": 4}, {"lora_rank": 16})
+TUNE = [     # 27 settings of every method (of DDPO 18), seed 0
+    *((STEP | {"batch_size": batch, "lr": lr, "updates_per_epoch": updates, "beta": beta},
        [32, 64, 128, 256] if batch == 16 else SMALL)
-      for beta in (1000.0, 2000.0, 3000.0) for batch, lr, updates in NABLA_SPEEDS),
-    *((NABLA | {"batch_size": 4, "lr": lr, "updates_per_epoch": 8, "beta": beta, "skip_below": share}, SMALL)
+      for beta in (1000.0, 2000.0, 3000.0) for batch, lr, updates in STEP_SPEEDS),
+    *((STEP | {"batch_size": 4, "lr": lr, "updates_per_epoch": 8, "beta": beta, "skip_below": share}, SMALL)
       for share, beta, lr in ((0.6, 1000.0, 2e-3), (0.6, 2000.0, 2e-3), (0.6, 3000.0, 3e-3),
                               (0.8, 1000.0, 2e-3), (0.8, 2000.0, 2e-3), (0.8, 3000.0, 3e-3))),
+    *((NABLA | {"lr": lr, "beta": beta}, DENSE[2:9]) for lr in (1e-3, 5e-4) for beta in (2000.0, 4000.0)),
+    *((NABLA | change, DENSE[2:9]) for change in ({"lr": 1e-3, "lam": 10.0}, {"lr": 1e-3, "fraction": 1.0}, {"lr": 2.5e-4})),
+    *((NABLA | {"batch_size": 4, "updates_per_epoch": 8, "lr": lr}, DENSE[2:10]) for lr in (5e-4, 2.5e-4)),
     *((start | {"batch_size": batch, "lr": lr}, [16, 32, 64, 128] if batch * 1e-3 / lr > 2 else SMALL[:4])
       for start in (DRAFT, REFL) for batch in (4, 8, 16) for lr in (1e-3, 2e-3, 3e-3)),
     *((start | {"batch_size": batch, "lr": lr}, SMALL[:4])
@@ -108,13 +114,25 @@ TUNE = [     # 18 settings of every method (of DDPO 12), seed 0
     *((DRAFT | {"batch_size": 4} | change, SMALL[:4]) for change in ({"draft_steps": 2}, {"draft_noises": 2})),
     *((REFL | {"batch_size": batch, "lr": 3e-4}, [32, 64, 128]) for batch in (4, 8, 16)),
     *((REFL | {"batch_size": 1, "lr": lr}, SMALL[:4]) for lr in (5e-4, 1e-3)),
+    *((start | {"batch_size": batch, "lr": lr}, DENSE[4:])
+      for start in (DRAFT, REFL) for batch, lr in ((1, 2e-4), (1, 3e-4), (2, 2e-4))),
+    *((start | {"batch_size": 2, "lr": 5e-4} | change, DENSE[2:9]) for start in (DRAFT, REFL) for change in OTHER),
+    *((start | {"batch_size": 1, "lr": 5e-4, "views": 4}, DENSE[2:9]) for start in (DRAFT, REFL)),
+    *((DRAFT | {"batch_size": batch, "lr": lr}, DENSE[2:10]) for batch, lr in ((1, 5e-4), (2, 3e-4))),
+    *((REFL | {"batch_size": batch, "lr": lr}, DENSE[4:]) for batch, lr in ((2, 3e-4), (4, 2e-4))),
     *((DDPO | {"lr": lr, "ddpo_clip": clip}, [256]) for lr in (3e-4, 1e-3, 3e-3) for clip in (1e-4, 1e-2, 0.1)),
     *((DDPO | change, [256]) for change in ({"last_step": "always"}, {"updates_per_epoch": 1, "ddpo_clip": 0.1},
                                             {"fraction": 1.0})),
+    *((DDPO | {"fraction": 1.0} | change, [256]) for change in (
+        {"lr": 3e-3}, {"lr": 3e-3, "ddpo_clip": 0.1}, {"lr": 3e-4}, {"ddpo_clip": 1e-4}, {"batch_size": 32},
+        {"updates_per_epoch": 8})),
 ]
-TUNE_OTHERS = [     # three settings of every method that has a gradient, for the other rewards
-    *((NABLA | {"beta": beta}, [128, 256]) for beta in (300.0, 1000.0, 3000.0)),
+TUNE_OTHERS = [     # six settings of every method that has a gradient, for the other rewards
+    *((STEP | {"beta": beta}, [128, 256]) for beta in (300.0, 1000.0, 3000.0)),
+    *((NABLA | {"beta": beta}, [32, 64]) for beta in (1000.0, 4000.0, 12000.0)),
     *((start | {"lr": lr}, [64, 128]) for start in (DRAFT, REFL) for lr in (1e-4, 3e-4, 1e-3)),
+    *((start | {"batch_size": batch, "lr": lr}, [32, 64]) for start in (DRAFT, REFL)
+      for batch, lr in ((2, 1e-4), (2, 3e-4), (4, 5e-4))),
 ]
 
 

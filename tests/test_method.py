@@ -321,7 +321,7 @@ def flat(monkeypatch):
     def render(gaussians, c2w, fxfycxcy, size, backend=None):
         assert c2w.shape[:2] == (len(gaussians.means), 4) and size == 20
         image = (gaussians.means.flatten(1) @ D.T)[:, None] * torch.arange(1, 5).view(1, 4, 1)  # (B, V, 8)
-        return Render(image[..., None, None], *[None] * 4)
+        return Render(image[..., None, None], image[:, :, :1, None, None], *[None] * 3)
 
     monkeypatch.setattr(r2d3, "render", render)
     monkeypatch.setattr(r2d3, "IMAGE_NOISE", 0.0)
@@ -363,6 +363,44 @@ def test_reward_gradient_in_closed_form(flat, guidance, jacobian):
         for wrong in (1.05 * g[m], -g[m], g[m].roll(1, -1), other_level[m]):
             assert not close(wrong, want[m], 1e-3)
     assert all(torch.equal(t, torch.cat([schedule.t(batch.i + 1)] * (len(t) // 4))) for t in base.asked)
+
+
+@pytest.mark.parametrize("jacobian", [True, False])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_the_samples_gradient_is_pulled_back(guidance, jacobian):
+    """E8: g = ((I - sigma J) / alpha)^T u with J = d eps / d x_s, all at the level s; no picture is made."""
+    base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
+    batch, null = make_batch(base, schedule)
+    u = randn(4, 2, 3, seed=12)
+    config = changed(jacobian=jacobian, guidance=guidance)
+    g, score = r2d3.reward_gradient(base, None, schedule, batch._replace(uphill=u), null, config, seeded(0))
+    assert not g.requires_grad and not score.requires_grad
+    for m, i in enumerate(batch.i.tolist()):
+        alpha, sigma, x = schedule.alpha[i + 1], schedule.sigma[i + 1], batch.x_s[m].flatten()
+        letters, net = guidance * (m + 1), base.net
+        J = (net.A + letters * net.E).detach()
+        x0 = (x - sigma * (J @ x + net.b.detach() + letters * net.v)) / alpha
+        want = (((torch.eye(6) - jacobian * sigma * J) / alpha).T @ u[m].flatten()).view(2, 3)
+        assert close(g[m], want) and close(score[m], (x0 * u[m].flatten()).sum())
+        other = ((torch.eye(6) - (not jacobian) * sigma * J) / alpha).T @ u[m].flatten()
+        for wrong in (1.05 * want, -want, want.roll(1, -1), other.view(2, 3)):
+            assert not close(g[m], wrong, 1e-4)
+
+
+def test_both_reward_gradients_agree_at_the_end(flat):
+    """At the smallest noise level the estimate is the sample: E7 and E8 ask the same, E8 in micro-batches."""
+    base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
+    batch, null = make_batch(base, schedule)
+    batch = batch._replace(i=torch.full((4,), 19))
+    config = changed(micro_batch=3)
+    x0 = schedule.x0(batch.x_s, r2d3.predict_guided(base, batch.x_s, schedule.t(batch.i + 1), batch.cond, null, 2.5),
+                     batch.i + 1).detach()
+    score, covered, u = r2d3.judge_samples(base, quadratic, x0, batch.prompts, config, seeded(0), gradient=True)
+    g, direct = r2d3.reward_gradient(base, quadratic, schedule, batch, null, config, seeded(0))
+    pulled, _ = r2d3.reward_gradient(base, quadratic, schedule, batch._replace(uphill=u), null, config, seeded(0))
+    assert close(pulled, g) and close(score, direct) and covered.shape == (4,) and not close(g, u, 1e-3)
+    alone = r2d3.judge_samples(base, quadratic, x0, batch.prompts, config, seeded(0), gradient=False)
+    assert torch.equal(alone[0], score) and (alone[2] == 0).all() and not x0.requires_grad
 
 
 def test_clipping_the_reward_gradient(flat):

@@ -108,17 +108,28 @@ def test_ddpo_goes_on_with_its_rewards(prompt_files, tmp_path):
     assert [row["judged"] for row in one["rows"]] == [row["judged"] for row in other["rows"]] == [12, 12, 24, 24, 36, 36]
 
 
-def test_a_gradient_is_used_again(prompt_files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reward_at, judged", [("step", 8), ("sample", 4)])
+def test_a_gradient_is_used_again(prompt_files, tmp_path, monkeypatch, reward_at, judged):
     """Twice the updates, the same number of reward gradients; nothing else does the first half of them."""
     calls, real = [], r2d3.reward_gradient
     monkeypatch.setattr(r2d3, "reward_gradient", lambda *args: calls.append(len(args[3].i)) or real(*args))
     for times in (1, 2):
-        r2d3.train(tiny(prompt_files, tmp_path / str(times), epochs=1, updates_per_gradient=times, skip_below=0.0))
+        r2d3.train(tiny(prompt_files, tmp_path / str(times), epochs=1, updates_per_gradient=times, skip_below=0.0,
+                        reward_at=reward_at))
     rows = [torch.load(tmp_path / str(times) / "checkpoint/state.pt", weights_only=True)["rows"] for times in (1, 2)]
-    assert calls == [4, 4] * 2 and [len(r) for r in rows] == [2, 4] and rows[1][-1]["judged"] == 8
+    assert calls == [4, 4] * 2 and [len(r) for r in rows] == [2, 4] and rows[1][-1]["judged"] == judged
     same = ("judged", "reward_gradient", "loss", "match", "reg", "grad_norm")
     assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1][:2]]
     assert rows[1][2]["reward_gradient"] == rows[1][0]["reward_gradient"] and rows[1][2]["loss"] != rows[1][0]["loss"]
+
+
+@pytest.mark.parametrize("reward_at", ["step", "sample"])
+def test_the_reward_is_asked_where_it_says(prompt_files, tmp_path, monkeypatch, reward_at):
+    """At every trained step's estimate, or only of the finished samples, which the log needs anyway."""
+    asked, real = [], r2d3.judge
+    monkeypatch.setattr(r2d3, "judge", lambda *args: asked.append((len(args[2]), args[2].requires_grad)) or real(*args))
+    r2d3.train(tiny(prompt_files, tmp_path / "run", epochs=1, skip_below=0.0, reward_at=reward_at))
+    assert asked == ([(4, False), (4, True), (4, True)] if reward_at == "step" else [(4, True)])
 
 
 def test_damaged_run_folders(prompt_files, tmp_path, monkeypatch, capsys):
