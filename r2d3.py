@@ -11,10 +11,11 @@ which samples from (prior x reward) instead of climbing the reward alone, and so
         for every update, for the transitions (x_t, x_s) of its share:
             x0  = one-step estimate of the clean latent from x_s                               (E1)
             g   = gradient of reward(render(decode(x0), random cameras)) with respect to x_s   (E7)
+                  (or of the reward linearised at the trajectory's end: asked once per object) (E8)
             res = -k (eps_theta(x_t) - eps_ref(x_t)) - beta w(s) g                             (E6)
             descend mean |res|^2 + lambda |eps_theta - eps_old|^2 in the LoRA weights          (E4, E5)
 
-`eps_ref` is the same network with its LoRA switched off. The numbers E1-E7 are explained in the README ("The
+`eps_ref` is the same network with its LoRA switched off. The numbers E1-E8 are explained in the README ("The
 mathematics"). The file reads from top to bottom; every section says what it needs, so that it can be lifted:
 
     1 constants and words    5 NoiseSchedule     9 the loss          13 command line
@@ -32,14 +33,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +58,7 @@ from torch import Tensor
 
 from assets import (UserError, cache_folder, fetching, load_weights, metrics, published, report, scorers,
                     shapes, to_bytes, write_atomic)
-from assets.metrics import METRICS, Features, Measurement
+from assets.metrics import Features, Measurement
 from kernels import Render, gradient_matching, rasterize
 
 # -----------------------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ class Config:
     lam: float | None = None  # lambda, the pull to the rollout's predictions (E5); None: by base and reward
     matching: Literal["eps", "score"] | None = None  # score: E4 (paper); eps: divided by k; None: by base
     branch: Literal["guided", "conditional"] | None = None  # what is matched (paper: guided); None: by base
-    last_step: Literal["always", "stratified", "never"] = "always"  # is it trained? paper: always
+    last_step: Literal["always", "stratified", "never"] | None = None  # trained? None: by base; paper: always
     fraction: float = 0.4  # share of every trajectory's steps that is trained (paper)
     time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
     train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
@@ -147,6 +146,7 @@ class Config:
     elevation_range: float = 20.0  # degrees of random elevation of the reward's cameras, around 10 (paper)
     azimuth_range: float = 60.0  # degrees of their random azimuth, around evenly spaced views (paper)
     samples_per_prompt: int | None = None  # objects per prompt; None: 32 for evaluate (paper), else 4
+    eval_prompts: int | None = None  # measure on so many of the test prompts only, the first; None: on all
     eval_batch: int = 60  # objects sampled at once in an evaluation
     base_only: bool = False  # evaluate: the base without a LoRA (with --run: in the settings of that run)
     row: str | None = None  # evaluate: a .jsonl file that the result is appended to, as one line
@@ -157,16 +157,16 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
         "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
              "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 1000.0, "lam": 1.0,
              "views": 2, "view_size": 48, "eval_size": 64, "min_quantile": 0.0, "ddpo_clip": 1e-2,
-             "micro_batch": 16},
+             "micro_batch": 16, "last_step": "always"},
         "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
         "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
-        "ddpo": {"epochs": 40, "updates_per_epoch": 4},
+        "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "last_step": "never"},
     },
     "paper": {  # the paper's, for its bases
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
              "branch": "guided", "reward_at": "step", "skip_below": 0.0, "beta": 1e6, "lam": 1e4,
              "views": 4, "view_size": 512, "eval_size": 512, "min_quantile": 0.0, "ddpo_clip": 1e-4,
-             "micro_batch": 4},
+             "micro_batch": 2, "last_step": "always"},
         "aesthetic": {"beta": 2e6, "lam": 3e3},
         "hpsv2": {"beta": 1e7, "lam": 5e3},
         "normal": {"min_quantile": 0.2},
@@ -178,9 +178,10 @@ PRESETS = {  # by base; under "" for all, then by reward and by method (the late
 def resolve(config: Config) -> Config:
     """A new Config with the defaults that depend on base and reward filled in; refuses what cannot work."""
     presets = PRESETS.get(config.base, PRESETS["paper"])
-    first_reward = config.reward.split(",")[0].split("=")[0]
-    usual = presets[""] | presets.get(first_reward, {}) | presets.get(config.method, {})
-    name = "-".join(Path(part.split("=")[0].split(":")[0]).stem for part in config.reward.split(","))
+    rewards = [part.split("=")[0].strip() for part in config.reward.split(",")]
+    usual = presets[""] | presets.get(rewards[0], {}) | presets.get(config.method, {})
+    usual["min_quantile"] = max(presets.get(reward, usual).get("min_quantile", 0.0) for reward in rewards)
+    name = "-".join(Path(reward.split(":")[0]).stem for reward in rewards)
     kind = "shapes" if config.base == "shapes" else "objects"
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     usual |= {"prompts": str(HERE / f"prompts/{kind}_train.txt"),
@@ -603,14 +604,15 @@ def load_lora(net: nn.Module, path: Path) -> nn.Module:
         raise UserError(f"there is no LoRA in {path}: no adapter_model or pytorch_lora_weights.safetensors")
     weights = {"base_model.model." + re.sub(r"^(base_model\.model|unet)\.", "", name): value
                for name, value in load_weights(files[0])[0].items()}
-    ranks = {value.shape[0] for name, value in weights.items() if "lora_A" in name}
+    down = {name: value for name, value in weights.items() if "lora_A" in name}
+    if not down or {name.replace("lora_A", "lora_B") for name in down} != weights.keys() - down.keys():
+        raise UserError(f"{files[0]} is not a whole LoRA: it needs a lora_A and a lora_B for every layer")
     try:
-        net = add_lora(net, ranks.pop(), 0)
-        unknown = set_peft_model_state_dict(net, weights).unexpected_keys
-    except (RuntimeError, KeyError) as error:
+        net = add_lora(net, next(iter(down.values())).shape[0], 0)
+        if unknown := set_peft_model_state_dict(net, weights).unexpected_keys:
+            raise KeyError(f"it has no {unknown[0]}")
+    except (RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{files[0]} does not fit this base ({' '.join(str(error).split())[:150]})") from None
-    if unknown:
-        raise UserError(f"{files[0]} does not fit this base: it has no {unknown[0]}")
     return net
 
 
@@ -638,8 +640,7 @@ Reward = Callable[[Render, list[str]], Tensor]
 def colorfulness(render: Render, prompts: list[str]) -> Tensor:
     """How colourful the object is: Hasler and Suesstrunk (2003), sigma_rgyb + 0.3 mu_rgyb, colours in [0, 1].
 
-    Means and variances are taken over the object (weights: alpha, detached), not over the picture: otherwise
-    an object could score by growing.
+    Taken over the object (weights: alpha, detached), not the picture: else an object could score by growing.
     """
     weight = render.alpha[:, :, 0].detach()  # (B, V, H, W)
     weight = weight / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
@@ -721,11 +722,11 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str,
     config = config or Config()
     names = {part.partition("=")[0].strip() for part in spec.split(",")}
     options = {f"--scorer {config.scorer}": [name for name in SCORERS if config.scorer in SCORERS[name][1:]],
-               "--normal-gradient": ["normal"] * config.normal_gradient,
-               "--angle-mask": ["normal", "dnc"] * config.angle_mask}
-    for option, its in options.items():
-        if its and not names & {*its}:
-            raise UserError(f"{option} is for {' and '.join(its)}, and --reward is {spec}; leave it out")
+               "--normal-gradient": ["normal"] if config.normal_gradient else [],
+               "--angle-mask": ["normal", "dnc"] if config.angle_mask else []}
+    for option, rewards in options.items():                     # given, but for none of the rewards asked for
+        if rewards and names.isdisjoint(rewards):
+            raise UserError(f"{option} is for {' and '.join(rewards)}, and --reward is {spec}; leave it out")
     terms = []
     for part in spec.split(","):
         name, _, weight = part.partition("=")
@@ -798,7 +799,7 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
     about += ", gradient through the estimator" if config.normal_gradient and name == "normal" else ""
     about += ", random weights" if scorer != "embedded" and config.weights == "random" else ""
     about += ", angle mask" if config.angle_mask and name in ("normal", "dnc") else ""
-    with fetching(f"the scorer {scorer}", {"laion": "0.9 GB", "marigold": "2.6 GB"}.get(scorer, "4 GB")):
+    with fetching(f"the scorer {scorer}", {"laion": "1.7 GB", "marigold": "2.6 GB"}.get(scorer, "4 GB")):
         return load(), f"{name} ({about})"
 
 
@@ -809,10 +810,11 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
 
 
 class Trajectory(NamedTuple):
-    """What sampling leaves for the loss: x (B, T+1, *latent); eps_uncond, eps_text (B, T, *latent)."""
+    """What sampling leaves for the loss: x (B, T + 1, *latent); and per step (B, T, *latent): eps, the guided
+    prediction that the sampler used, and eps_text, the conditional half of it."""
 
     x: Tensor
-    eps_uncond: Tensor | None
+    eps: Tensor
     eps_text: Tensor
 
 
@@ -846,16 +848,15 @@ def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, gu
     def noise() -> Tensor:
         return torch.randn(B, *base.latent_shape, generator=generator).to(base.device)
 
-    xs, unconds, texts = [noise()], [], []
+    xs, guided, texts = [noise()], [], []
     for i in progress(range(len(schedule))):
         x = xs[-1]
         eps_uncond, eps_text = predict_both(base, x, schedule.t(i).expand(B), cond, null, guidance)
-        mean, std = schedule.transition(x, guide(eps_uncond, eps_text, guidance), i)
-        xs.append(mean + std * noise())
-        unconds.append(eps_uncond)
         texts.append(eps_text)
-    uncond = None if guidance == 1 else torch.stack(unconds, 1)
-    return Trajectory(torch.stack(xs, 1), uncond, torch.stack(texts, 1))
+        guided.append(guide(eps_uncond, eps_text, guidance))
+        mean, std = schedule.transition(x, guided[-1], i)
+        xs.append(mean + std * noise())
+    return Trajectory(*(torch.stack(steps, 1) for steps in (xs, guided, texts)))
 
 
 def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator,
@@ -882,7 +883,7 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 #     code        symbol                                      code          symbol
 #     eps_*       eps_theta, the network with its LoRA        g             gradient of the reward at x_s (E7)
 #     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
-#     eps_old     eps_theta when the rollout was made         weight        beta w(s)
+#     eps_old     what is matched, as the rollout had it      weight        beta w(s)
 # Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores
 # is a weighted regression of eps_theta to eps_ref - (beta w / k) g. That is why this page is all there is.
 # Needs: sections 5, 7 and 8, kernels.gradient_matching.
@@ -933,8 +934,10 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
     """g (M, *latent): gradient by x_s of the reward's mean over views (E7), and that mean (M,); where
     `batch` has the reward's gradient at the sample, of that linear function of x0(x_s) instead (E8).
     """
-    x_s = batch.x_s.detach().requires_grad_()
-    s = batch.i + 1
+    x_s, s = batch.x_s.detach().requires_grad_(), batch.i + 1
+    trained = [weight for weight in base.net.parameters() if weight.requires_grad]
+    for weight in trained:                  # else LoRA layers keep their inputs, for gradients of their own
+        weight.requires_grad_(False)
     with contextlib.nullcontext() if config.jacobian else torch.no_grad():
         eps = predict_guided(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
     x0 = schedule.x0(x_s, eps, s)                                                               # (E1) at s
@@ -943,6 +946,8 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
     else:
         score = (x0 * batch.uphill).flatten(1).sum(1)                                           # (E8)
     g, = torch.autograd.grad(score.sum(), x_s)
+    for weight in trained:
+        weight.requires_grad_()
     if config.clip_reward_grad:
         norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
         g = g * per_sample((config.clip_reward_grad / norm).clamp(max=1), g)
@@ -1020,9 +1025,8 @@ def ddpo_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: T
 
 
 def advantages(scores: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
-    """DDPO's: rewards (B,), each normalised by its prompt's last 32; by this epoch's until there are 8.
-
-    `history`, by prompt, is brought up to date.
+    """DDPO's: rewards (B,), each normalised by its prompt's last 32; by this epoch's until there are 8,
+    since the spread of fewer says little. `history`, by prompt, is brought up to date.
     """
     for prompt, score in zip(prompts, scores):
         history[prompt] = [*history.get(prompt, []), score][-32:]
@@ -1079,7 +1083,7 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
                 history: dict[str, list[float]]) -> Iterator[dict]:
     """Sample, then descend. Yields one log row per update. `history` is DDPO's, see `advantages`."""
     generator = seeded(config.seed, epoch, rank)
-    B, weights = config.batch_size, optimizer.param_groups[0]["params"]
+    B, parameters = config.batch_size, optimizer.param_groups[0]["params"]
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(0, B, len(prompts))])
     chosen = [prompts[n] for n in order[:B]]
     cond = base.encode(chosen)
@@ -1096,14 +1100,13 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
             torch.distributed.all_gather_object(everyone, (score.tolist(), chosen))
         scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
         advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B]
-    guidance = config.guidance if config.branch == "guided" or ddpo else 1.0
-    eps_old = guide(trajectory.eps_uncond if guidance != 1 else None, trajectory.eps_text, guidance)
+    eps_old = trajectory.eps if config.branch == "guided" or ddpo else trajectory.eps_text
     pairs = torch.tensor([(b, i) for b in range(B) for i in pick_steps(config, generator)])
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     shares = pairs.tensor_split(min(config.updates_per_epoch, len(pairs))) * config.updates_per_gradient
     judged, gradients = B if ddpo or once else 0, {}            # objects judged; g, which may be used again
-    weight = match_weights(schedule, torch.arange(config.steps), config)[1]
-    heard = weight >= config.skip_below * weight.max()          # (T,) the steps at which the reward counts
+    k, weight = match_weights(schedule, torch.arange(config.steps), config)
+    heard = weight / k >= config.skip_below * (weight / k).max()    # (T,) where g moves the prediction enough
 
     def gather(part: Tensor) -> Transitions:
         b, i = part.unbind(1)
@@ -1115,7 +1118,7 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
         for part in share.split(config.micro_batch):
             batch, i = gather(part), part[:, 1]
             if config.method == "nabla":
-                key = tuple(part[0].tolist())                   # its first transition names a micro-batch
+                key = tuple(part[0].tolist())       # all rounds have the same parts: their first names them
                 if key not in gradients:
                     some, g, score = heard[i], torch.zeros_like(batch.x_s), torch.zeros(len(part))
                     if some.any():
@@ -1144,12 +1147,12 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
             with phase("backward", config):
                 (values["loss"].sum() / len(share)).backward()
         if world > 1:
-            for weight in weights:
-                torch.distributed.all_reduce(weight.grad)
-                weight.grad /= world
-        norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+            for parameter in parameters:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
-        if not all(weight.isfinite().all() for weight in weights):
+        if not all(parameter.isfinite().all() for parameter in parameters):
             stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
         yield {"epoch": epoch, **sampled, "judged": judged * world, **totals, "grad_norm": norm.item()}
@@ -1205,7 +1208,7 @@ def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
                     "try a smaller --lr or --beta")
 
 
-# What may differ between a run and its continuation, else nothing. (Prompts are compared by what they say.)
+# Only these may differ between a run and its continuation (of prompts only the files' names, not the words).
 FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "row", "dry_run", "backend", "micro_batch",
                   "checkpoint_net", "checkpoint_scorer", "prompts", "test_prompts"}
 
@@ -1266,18 +1269,18 @@ SCORED_WITH = ("base", "weights", "reward", "scorer", "angle_mask", "sampler", "
 
 @torch.no_grad()
 def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
-                   config: Config) -> list[str]:
+                   config: Config, rank: int = 0, world: int = 1) -> list[str]:
     """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
 
-    One object each; processes share the work. Scores are cached for all runs with this base and reward.
+    One object each; processes share the work. Scores are kept for all runs with this base and reward.
     """
     if not config.min_quantile:
         return prompts
     from tqdm import tqdm
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    code = [Path(term.rpartition(":")[0]).read_bytes() for term in re.split("[,=]", config.reward)
-            if ".py:" in term]
-    what = [getattr(config, name) for name in SCORED_WITH] + [prompts, code, world]
+    weights = Path(config.weights or HERE / "assets/shapes.safetensors")
+    files = {weights, *weights.rglob("*"), *map(Path, re.findall(r"[^,=]+\.py(?=:)", config.reward))}
+    stamps = sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
+    what = [getattr(config, name) for name in SCORED_WITH] + [prompts, world, stamps]
     key = hashlib.sha256(repr(what).encode()).hexdigest()
     path, scores = cache_folder("scores") / f"{key}-{rank}.json", {}
     with contextlib.suppress(OSError, ValueError):
@@ -1297,20 +1300,6 @@ def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, pro
         scores = dict(item for share in shares for item in share.items())
     lowest = {*sorted(different, key=scores.get)[:int(config.min_quantile * len(different))]}
     return [prompt for prompt in prompts if prompt not in lowest]
-
-
-def describe_run(config: Config, reward: Reward) -> dict:
-    """What config.json holds: every setting, and with what and by whom the run was made."""
-    names = ("torch", "diffusers", "peft", "triton", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    git = None
-    with contextlib.suppress(OSError):                          # no git here
-        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, text=True).stdout.strip() or None
-    gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
-    return {"config": dataclasses.asdict(config), "scorer": reward.title, "command": sys.argv,
-            "seed": config.seed, "git_commit": git, "gpu": gpu,
-            "versions": {"python": sys.version.split()[0], **versions}}
 
 
 def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int,
@@ -1336,13 +1325,11 @@ def train(config: Config) -> dict:
     from peft import set_peft_model_state_dict
     from tqdm import tqdm
     started = time.perf_counter()
-    if config.run is not None or config.lora is not None:
-        raise UserError("--run and --lora are for sample and evaluate; to train longer: --resume, --epochs")
     config, rank, world = start_processes(resolve(config))
-    few = config.last_step == "always" and int(config.steps * config.fraction + 1e-9) < 2
-    if config.method == "nabla" and config.skip_below and few:
+    if config.method == "nabla" and config.skip_below and pick_steps(config, seeded(0)) == [config.steps - 1]:
         raise UserError("only the last step would be trained, where no reward is heard; raise --fraction")
-    prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
+    prompts = load_prompts(config.prompts)
+    test_prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
     digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
     config, state = (config, None) if config.dry_run else open_run(config, digest)
     base = load_base(config, config.device)
@@ -1356,16 +1343,17 @@ def train(config: Config) -> dict:
     if config.dry_run:
         return dry_run(base, reward, schedule, prompts, null, config)
     out, quiet = Path(config.out), rank > 0
-    with fetching("the networks that measure", "0.6 GB"):
-        features = None if quiet else metrics.load_features(base.tower, config.device)
+    features = None if quiet else metrics.load_features(base.tower, config.device)
     if not quiet:
-        print_plan(config, reward, len(prompts), len(test_prompts), world, state)
-        write_atomic(out / "config.json", json.dumps(describe_run(config, reward), indent=1))
+        about = report.describe(dataclasses.asdict(config), reward.title)
+        print(report.plan(about, world, len(pick_steps(config, seeded(0))), len(prompts), len(test_prompts),
+                          state and state["epoch"]))
+        write_atomic(out / "config.json", json.dumps(about, indent=1))
         for name in () if state else ("r2d3.py", "kernels/*.py", "assets/*.py"):
             for source in HERE.glob(name):
                 write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
 
-    prompts = filter_prompts(base, reward, schedule, prompts, null, config)
+    prompts = filter_prompts(base, reward, schedule, prompts, null, config, rank, world)
 
     def base_measurement(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
         path = out / f"checkpoint/{name}.pt"
@@ -1413,22 +1401,6 @@ def train(config: Config) -> dict:
     print(f"open {out / 'report.html'}, or make new objects: "
           f"python r2d3.py sample --prompts \"{test_prompts[0]}\" --run {out}")
     return summary
-
-
-def print_plan(config: Config, reward: Reward, prompts: int, test_prompts: int, world: int,
-               state: dict | None) -> None:
-    """Say what is going to happen, before it does."""
-    picked = len(pick_steps(config, seeded(0)))
-    objects = config.batch_size * world
-    print(f"base      {config.base} on {config.device}" + (f", {world} processes" if world > 1 else ""))
-    print(f"reward    {reward.title}")
-    print(f"training  {config.epochs} epochs x {config.updates_per_epoch} updates; an epoch samples "
-          f"{objects} objects in {config.steps} steps\n          and trains on {objects * picked} of these; "
-          f"rewards see {config.views} views of {config.view_size} pixels squared")
-    print(f"prompts   {prompts} to train on, {test_prompts} x {config.samples_per_prompt} to measure")
-    if config.base == "shapes" and torch.cuda.is_available():
-        print("bigger    this GPU can run the paper's base: --base diffsplat-pixart (a large download, once)")
-    print(f"results   {config.out}/" + (f" (going on after epoch {state['epoch']})" if state else ""))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1488,7 +1460,7 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1))
     for name, content in report.files(*pictures, [prompts[n] for n in shown],
-                                      turntable(both, backend=config.backend), rows, summary, METRICS,
+                                      turntable(both, backend=config.backend), rows, summary,
                                       f"{config.reward} on {config.base}",
                                       json.dumps(dataclasses.asdict(config), indent=1)).items():
         write_atomic(out / name, content)
@@ -1499,15 +1471,18 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
 # -----------------------------------------------------------------------------------------------------------
 
 
-def load_run(config: Config) -> tuple[Config, DiffSplat]:
+def load_run(config: Config) -> tuple[Config, DiffSplat, NoiseSchedule]:
     """The base, with the LoRA of `config.run` or `config.lora` on it if that is set."""
     config = resolve(config)
-    base = load_base(config, config.device)
     if config.run and not (Path(config.run) / "lora/adapter_model.safetensors").is_file():
         raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
+    if config.lora and not Path(config.lora).exists():
+        raise UserError(f"--lora {config.lora}: there is no such file or folder")
+    base = load_base(config, config.device)
     if config.lora or config.run:
         base.net = load_lora(base.net, Path(config.lora or f"{config.run}/lora")).to(base.device).eval()
-    return config, base
+    config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
+    return config, base, NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
 
 
 @torch.no_grad()
@@ -1518,13 +1493,12 @@ def sample(config: Config) -> list[Path]:
         raise UserError("sample needs --prompts, a text file or a prompt; try --prompts \"a red cube\"")
     prompts = load_prompts(config.prompts)
     folder = Path(config.out or Path(config.run or "runs") / "samples")
-    config, base = load_run(config)
-    schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
+    config, base, schedule = load_run(config)
     written = []
     base.prepare([*prompts, ""])
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt] * config.samples_per_prompt)
-        x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance or base.guidance,
+        x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance,
                      seeded(config.seed, n), partial(tqdm, desc=prompt, leave=False)).x[:, -1]
         gaussians = base.decode(x0)
         pictures = render(gaussians, *input_cameras(len(x0)), 256, config.backend).image
@@ -1545,19 +1519,18 @@ def sample(config: Config) -> list[Path]:
 def evaluate(config: Config) -> dict:
     """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
     started, given, run = time.perf_counter(), config.out, config.run
+    if given and (Path(given) / "checkpoint").is_dir():
+        raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
     if config.base_only:
         config = dataclasses.replace(config, run=None, lora=None)
-    config, base = load_run(dataclasses.replace(config, samples_per_prompt=config.samples_per_prompt or 32))
+    if config.samples_per_prompt is None:
+        config = dataclasses.replace(config, samples_per_prompt=32)
+    config, base, schedule = load_run(config)
     reward = load_reward(config.reward, base, config.device, config)
-    with fetching("the networks that measure", "0.6 GB"):
-        features = metrics.load_features(base.tower, config.device)
-    schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
-    config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
-    prompts = load_prompts(config.test_prompts)
+    features = metrics.load_features(base.tower, config.device)
+    prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
     base.prepare([*prompts, ""])
-    if config.row:                                              # cannot be written? found before work
-        Path(config.row).parent.mkdir(parents=True, exist_ok=True)
-        open(config.row, "a").close()
+    report.add_row(config.row)                                  # cannot be written? found before work
     common = base, reward, features, schedule, prompts, config
     tuned = bool(config.run or config.lora)
     after = measure(*common, config.seed, "the fine-tuned model" if tuned else "the base")
@@ -1567,12 +1540,11 @@ def evaluate(config: Config) -> dict:
     summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
                "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
-    place = f"{run}/evaluation{'-base' * config.base_only}" if run else f"{config.out}-evaluation"
+    named = f"-{Path(config.lora).stem}" if config.lora else ""
+    place = f"{run}/evaluation{'-base' * config.base_only}" if run else f"{config.out}{named}-evaluation"
     out = Path(given or place)
     write_report(base, prompts, before, after, [], summary, config, out)
-    if config.row:
-        with open(config.row, "a") as file:
-            file.write(json.dumps(summary) + "\n")
+    report.add_row(config.row, report.describe(dataclasses.asdict(config), reward.title) | summary)
     metrics.print_summary(summary)
     print(f"open {out / 'report.html'}")
     return summary
@@ -1591,10 +1563,13 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
             config = read()
             if config.run is not None and name != "train":      # what is not given is as it was in the run
                 theirs = run_config(config.run)
-                config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None,
+                config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None, seed=0,
                                                           samples_per_prompt=None))
-            if (config.resume or config.dry_run) and name != "train":
-                raise UserError("--resume and --dry-run are for training; leave them out")
+            others = {"train": ["run", "lora", "row", "base_only"], "evaluate": ["resume", "dry_run", "prompts"],
+                      "sample": ["resume", "dry_run", "row", "base_only"]}
+            for option in others[name]:
+                if getattr(config, option):
+                    raise UserError(f"--{option.replace('_', '-')} is not for {name}; leave it out")
             return commands[name], config
     except SystemExit as stop:
         if stop.code == 0:                                      # --help

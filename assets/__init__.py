@@ -51,7 +51,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file."""
     from safetensors import SafetensorError, safe_open
     if not path.is_file():
-        raise UserError(f"there are no weights at {path}; python assets/make_shapes.py makes them")
+        raise UserError(f"there is no file of weights at {path}")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -65,8 +65,8 @@ def cache_folder(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def fetching(what: str, size: str) -> Iterator[None]:
-    """Whatever goes wrong while published data is fetched and read becomes one sentence."""
+def fetching(what: str, size: str, local: Path | None = None) -> Iterator[None]:
+    """Whatever goes wrong while published data is fetched, or read from a `local` folder, becomes one sentence."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -75,5 +75,7 @@ def fetching(what: str, size: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if local and local.is_dir():
+            raise UserError(f"{what} in {local} cannot be read ({why}); is it complete?") from None
         raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
                         "--base shapes with its own scorers and prompts needs none") from None

@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 import r2d3
 from assets import metrics
 
-METHODS = {"nabla": ("nabla-R2D3", "C0", "o"), "draft": ("DRaFT", "C1", "s"), "refl": ("ReFL", "C2", "^"),
-           "ddpo": ("DDPO", "C7", "x")}
+METHODS = {"E8": ("nabla-R2D3, E8", "C0", "o"), "E7": ("nabla-R2D3, E7", "C9", "D"), "draft": ("DRaFT", "C1", "s"),
+           "refl": ("ReFL", "C2", "^"), "ddpo": ("DDPO", "C7", "x")}      # see kind()
 METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "coverage": "coverage", "dnc": "dnc",
            "diversity": "diversity", "fid_to_base": "FID to the base"}
 ROWS, WORK = ROOT / "assets/results/compare.jsonl", ROOT / "runs/compare"
@@ -51,25 +51,15 @@ NABLA = STEP | {"reward_at": "sample", "batch_size": 2, "lr": 5e-4, "updates_per
 DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
 REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
 DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
-EARLY = [16, 32, 64, 128, 256]
-COMPARED = {    # first of each: the default; then the sweep's ("tune") least alignment lost at +0.15, and what is fast and loses little
-    "nabla-R2D3": (NABLA, [32, 64, 128, 256]),
-    "nabla-R2D3, beta x 3": (NABLA | {"beta": 3000.0}, [32, 64, 128, 256]),
-    "nabla-R2D3, batch 4": (NABLA | {"batch_size": 4, "lr": 2e-3, "updates_per_epoch": 8}, EARLY[:4]),
-    "nabla-R2D3, lean": (NABLA | {"batch_size": 4, "lr": 2e-3, "updates_per_epoch": 8, "beta": 2000.0, "skip_below": 0.8},
-                         [8, *EARLY[:4]]),
-    "DRaFT-1": (DRAFT, EARLY),
-    "DRaFT-1, batch 2, lr / 2": (DRAFT | {"batch_size": 2, "lr": 5e-4}, EARLY[:4]),
-    "DRaFT-1, batch 4": (DRAFT | {"batch_size": 4}, EARLY[:4]),
-    "ReFL": (REFL, EARLY),
-    "ReFL, batch 4, lr / 2": (REFL | {"batch_size": 4, "lr": 5e-4}, EARLY[:4]),
-    "ReFL, batch 4": (REFL | {"batch_size": 4}, EARLY[:4]),
-    "DDPO": (DDPO, [128, 256]),
-}
+OWN = {"E8": NABLA, "E7": STEP, "draft": DRAFT, "refl": REFL, "ddpo": DDPO}
+CHOOSE_AT = (0.1, 0.2)                                          # gains at which the sweep's winners are compared
+MARKS = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the reward's gradient at the late levels
 GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02), "dnc": (0.005, 0.01, 0.02)}
 
 ABLATIONS = {
+    "**the default**": {},
+    "reward asked at every step (E7)": {"reward_at": "step"},
     "matching score (E4)": {"matching": "score"},
     "matching score, last step never": {"matching": "score", "last_step": "never"},
     "last step stratified": {"last_step": "stratified"},
@@ -87,9 +77,14 @@ ABLATIONS = {
     "four views": {"views": 4},
     "reward gradient at every level": {"skip_below": 0.0},
     "only levels 10 to 18 trained": {"skip_below": 0.0, "train_from": 0.5, "last_step": "never"},
-    "4 updates per epoch": {"updates_per_epoch": 4},
+    "2 updates per epoch": {"updates_per_epoch": 2},
+    "8 updates per epoch": {"updates_per_epoch": 8},
+    "batch 8, 16 updates per epoch (staler rollouts)": {"batch_size": 8, "updates_per_epoch": 16},
     "each gradient used twice": {"updates_per_gradient": 2},
-    "beta 300": {"beta": 300.0},
+    "guidance 1 in training": {"guidance": 1.0},
+    "guidance 4 in training": {"guidance": 4.0},
+    "beta / 4": {"beta": 1000.0},
+    "beta x 3": {"beta": 12000.0},
 }
 
 STEP_SPEEDS = ((16, 1e-3, 16), (8, 2e-3, 8), (4, 2e-3, 8), (4, 3e-3, 4))        # batch, lr, updates per epoch
@@ -136,25 +131,61 @@ TUNE_OTHERS = [     # six settings of every method that has a gradient, for the 
 ]
 
 
-def trials(experiment: str, reward: str, seeds: list[int], quick: bool) -> list[tuple[str, dict, list[int]]]:
+def kind(settings: dict) -> str:
+    """The method; of nabla-R2D3 whether the reward is asked at every step (E7) or once per object (E8)."""
+    if settings["method"] != "nabla":
+        return settings["method"]
+    return "E7" if settings["reward_at"] == "step" else "E8"
+
+
+def label(settings: dict) -> str:
+    """What a trial is called: its kind, and what is not as OWN has it."""
+    own = OWN[kind(settings)]
+    return ", ".join([METHODS[kind(settings)][0], *changes(settings, own | {"beta": own["beta"] * BETA[settings["reward"]]})])
+
+
+def chosen(rows: list[dict], reward: str) -> list[tuple[dict, list[int], list[str]]]:
+    """Settings that the comparison takes from the sweep, marks around where the sweep says that they get there, and why.
+
+    Of every kind, at each of CHOOSE_AT: the setting that loses least alignment, and the one that takes fewest evaluations,
+    of those that gain a tenth more at some mark; where none does, the one that gains most.
+    """
+    found = {}
+    for name in METHODS:
+        paths = [path for path in sweeps(rows).get(reward, []) if kind(path[0]["settings"]) == name]
+        for gain in CHOOSE_AT:
+            able = [path for path in paths if reached(path, 1.1 * gain, "judged") is not None]   # with a margin for seeds
+            if able:
+                picks = {"least lost": max(able, key=lambda path: reached(path, gain, "alignment")),
+                         "fewest evaluations": min(able, key=lambda path: reached(path, gain, "judged"))}
+            else:
+                gains = [(max(row["reward"]["change"] for row in path), path) for path in paths]
+                picks = {"most gained": max(gains, key=lambda pair: pair[0])[1]} if gains else {}
+            for why, path in picks.items():
+                settings = {name: value for name, value in path[0]["settings"].items() if name != "seed"}
+                cost = reached(path, gain, "judged") or path[-1]["mark"]
+                _, marks, reasons = found.setdefault(json.dumps(settings, sort_keys=True), (settings, set(), []))
+                marks.update(mark for mark in MARKS if cost / 2.1 <= mark <= 2.1 * cost)
+                reasons.append(f"{why} at {gain:+g}")
+    return [(settings, sorted(marks), reasons) for settings, marks, reasons in found.values()]
+
+
+def trials(experiment: str, reward: str, seeds: list[int], quick: bool, rows: Path) -> list[tuple[str, dict, list[int]]]:
     """Name, settings and marks of every trial."""
     def scaled(settings: dict) -> dict:
-        return settings | {"beta": settings["beta"] * BETA[reward]}
+        return {"reward": reward} | settings | {"beta": settings["beta"] * BETA[reward]}
 
     if experiment == "compare":
-        if reward != "aesthetic":                               # the others have no room for more than one setting each
-            methods = {name: COMPARED[name] for name in ("nabla-R2D3", "DRaFT-1", "ReFL", "DDPO")}
-        else:
-            methods = COMPARED
-        if quick:
-            return [(name, scaled(settings) | {"seed": 0}, [mark for mark in marks if mark in (16, 64, 128)])
-                    for name, (settings, marks) in methods.items()]
-        return [(name, scaled(settings) | {"seed": seed}, marks)
-                for seed in seeds for name, (settings, marks) in methods.items()]
+        sweep = read(rows)
+        picked = chosen(sweep if reward in sweeps(sweep) else read(ROWS), reward)
+        if quick:                                               # the first of every kind
+            picked, seeds = [*{kind(one[0]): one for one in picked[::-1]}.values()], [0]
+        return [(label(settings), settings | {"seed": seed}, marks) for seed in seeds for settings, marks, _ in picked]
     if experiment == "tune":
-        return [(settings["method"], scaled(settings) | {"seed": 0}, marks)
+        return [(label(scaled(settings)), scaled(settings) | {"seed": 0}, marks)
                 for settings, marks in (TUNE if reward == "aesthetic" else TUNE_OTHERS)]
-    return [(name, scaled(NABLA) | change | {"seed": 0}, [256]) for name, change in ABLATIONS.items()]
+    return [(name, scaled(NABLA) | change | {"seed": 0}, [64, 192] if "reward_at" in change else [64])
+            for name, change in ABLATIONS.items()]
 
 
 class World:
@@ -211,7 +242,7 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
         return
     given = {name: value for name, value in settings.items() if name != "reward"}
     config = r2d3.resolve(dataclasses.replace(r2d3.Config(reward=settings["reward"], device="cpu", out=str(work)), **given))
-    config = dataclasses.replace(config, guidance=world.base.guidance)
+    config = dataclasses.replace(config, guidance=config.guidance or world.base.guidance)
     world.base.net = r2d3.add_lora(world.net, config.lora_rank, config.seed)
     try:
         weights = [weight for weight in world.base.net.parameters() if weight.requires_grad]
@@ -267,24 +298,28 @@ def append(rows: Path, row: dict) -> None:
 
 
 def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
-    """The comparison's rows by name and mark: one per seed."""
-    found = {}
+    """The comparison's rows by name and mark, one per seed; only what the sweep chose, if there is a sweep."""
+    wanted = [label(settings) for settings, *_ in chosen(rows, reward)]
+    found = {name: {} for name in wanted}
     for row in rows:
         if row["experiment"] == "compare" and row["settings"]["reward"] == reward and "diverged" not in row:
-            found.setdefault(row["name"], {}).setdefault(row["mark"], []).append(row)
-    order = [name for name in COMPARED if name in found] + [name for name in found if name not in COMPARED]
-    return {name: dict(sorted(found[name].items())) for name in order}
+            name = label(row["settings"])
+            if name in wanted or not wanted:
+                found.setdefault(name, {}).setdefault(row["mark"], []).append(row)
+    return {name: dict(sorted(marks.items())) for name, marks in found.items() if marks}
 
 
 def reached(path: list[dict], gain: float, metric: str) -> float | None:
-    """What a metric of one trial had changed by when the reward had gained `gain`: linear between marks, from zero.
+    """What a metric of one trial had changed by when the reward had gained `gain`; None where it never gained so much.
 
-    None where it never gained so much. Costs grow faster than gains, so this errs upwards where marks are far apart.
+    Between marks a power law, as costs grow faster than gains; where one is not above zero, and up to the first mark, linear.
     """
-    points = [(0.0, 0.0)] + [(row["reward"]["change"], row["judged"] if metric == "judged" else row[metric]["change"])
+    points = [(0.0, 0.0)] + [(row["reward"]["change"], row[metric]["change"] if metric in METRICS else row[metric])
                              for row in path]
     for (r0, m0), (r1, m1) in zip(points, points[1:]):
         if r0 <= gain <= r1 and r0 < r1:
+            if r0 > 0 and m0 * m1 > 0:
+                return m0 * (gain / r0) ** (math.log(m1 / m0) / math.log(r1 / r0))
             return m0 + (m1 - m0) * (gain - r0) / (r1 - r0)
     return None
 
@@ -321,11 +356,13 @@ def number(values: list[float]) -> str:
     return f"{mean:+.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 
 
-def changes(settings: dict) -> str:
-    """The settings of a trial that are not in START."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in settings.items()
-                     if START.get(name) != value and name not in ("seed", "method", "reward"))
+def changes(settings: dict, start: dict) -> list[str]:
+    """The settings of a trial that are not as in `start`, in words."""
+    words = {"batch_size": "batch", "updates_per_epoch": "updates", "skip_below": "skip below", "draft_steps": "K",
+             "draft_noises": "LV", "lora_rank": "rank", "ddpo_clip": "clip", "last_step": "last step", "lam": "lambda"}
+    return [f"{words.get(name, name)} {value:g}" if isinstance(value, (int, float)) else f"{words.get(name, name)} {value}"
+            for name, value in settings.items()
+            if start.get(name) != value and name not in ("seed", "method", "reward", "reward_at")]
 
 
 def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
@@ -337,25 +374,19 @@ def tables(rows: list[dict]) -> str:
     """All rows as Markdown: the comparison at equal reward, then at every mark; the sweep; trials; ablations."""
     text, names, others = "", list(METRICS.values()), list(METRICS)[1:]
     for reward in dict.fromkeys(row["settings"]["reward"] for row in rows if row["experiment"] == "compare"):
-        def brief(marks: dict[int, list[dict]], gain: float) -> str:
-            judged = at_equal_reward(marks, gain, "judged")
-            if judged is None:
-                return f"not by {max(marks)}"
-            return f"{sum(judged) / len(judged):.0f}: {number(at_equal_reward(marks, gain, 'alignment'))}"
-
-        lines = [[name, *(brief(marks, gain) for gain in GAINS[reward])] for name, marks in curves(rows, reward).items()]
-        text += table(f"{reward}: evaluations to a gain of the reward, and what had become of alignment",
-                      ["method", *(f"{gain:+g}" for gain in GAINS[reward])], lines)
+        why = {label(settings): reasons for settings, _, reasons in chosen(rows, reward)}
         lines = []
         for gain in GAINS[reward]:
             for name, marks in curves(rows, reward).items():
                 judged = at_equal_reward(marks, gain, "judged")
-                cells = [f"not by {max(marks)}"] + [""] * len(others)
+                cells = [f"not by {max(marks)}"] + [""] * (len(others) + 1)
                 if judged is not None:
-                    cells = [f"{sum(judged) / len(judged):.0f}"]
+                    cells = [f"{sum(of) / len(of):.0f}" for of in (judged, at_equal_reward(marks, gain, "train_seconds"))]
                     cells += [number(at_equal_reward(marks, gain, metric)) for metric in others]
-                lines.append([f"{gain:+g}", name, *cells])
-        text += table(f"{reward}: at equal reward", ["gained", "method", "evaluations", *names[1:]], lines)
+                reasons = [reason.split(" at ")[0] for reason in why.get(name, []) if reason.endswith(f" {gain:+g}")]
+                lines.append([f"{gain:+g}", name, ", ".join(reasons), *cells])
+        text += table(f"{reward}: at equal reward",
+                      ["gained", "method", "of the sweep", "evaluations", "seconds", *names[1:]], lines)
         lines = [[name, *(f"{sum(row[key] for row in group) / len(group):.0f}" for key in ("judged", "updates")),
                   *(cell(group, metric) for metric in METRICS)]
                  for name, marks in curves(rows, reward).items() for group in marks.values()]
@@ -366,32 +397,27 @@ def tables(rows: list[dict]) -> str:
             costs = [reached(path, gain, metric) for metric in ("judged", *others)]
             best = max(row["reward"]["change"] for row in path)
             shown = [""] * len(costs) if costs[0] is None else [f"{costs[0]:.0f}", *(f"{cost:+.3f}" for cost in costs[1:])]
-            lines.append([path[0]["settings"]["method"], changes(path[0]["settings"]), *shown, f"{best:+.3f}"])
+            lines.append([label(path[0]["settings"]), *shown, f"{best:+.3f}"])
         text += table(f"{reward}: the sweep, at a gain of {gain:g}",
-                      ["method", "settings", "evaluations", *names[1:], "largest gain"], lines)
+                      ["setting", "evaluations", *names[1:], "largest gain"], lines)
         lines = []
         for gain in GAINS[reward]:
-            for method, (name, *_) in METHODS.items():
+            for name, (title, *_) in METHODS.items():
                 costs = [(reached(path, gain, "alignment"), reached(path, gain, "judged")) for path in found
-                         if path[0]["settings"]["method"] == method]
+                         if kind(path[0]["settings"]) == name]
                 costs = [cost for cost in costs if cost[0] is not None]
                 if costs:
-                    lines.append([f"{gain:+g}", name, str(len(costs)), *(f"{cost:+.3f} ({judged:.0f})" for cost, judged in
-                                                                        (max(costs), min(costs, key=lambda cost: cost[1])))])
+                    lines.append([f"{gain:+g}", title, str(len(costs)), *(f"{cost:+.3f} ({judged:.0f})" for cost, judged in
+                                                                         (max(costs), min(costs, key=lambda cost: cost[1])))])
         text += table(f"{reward}: the best of the sweep", ["gained", "method", "by how many settings",
                       "least alignment lost (evaluations)", "fewest evaluations: alignment lost (evaluations)"], lines)
-    alone = {"nabla-R2D3": "**the default**", "nabla-R2D3, beta x 3": "beta 3000"}
-    found = [row | {"name": alone[row["name"]]} for row in rows if row["experiment"] == "compare" and row["mark"] == 256 and
-             row["name"] in alone and row["settings"]["reward"] == "aesthetic" and row["settings"]["seed"] == 0]
-    found = found[:1] + [row for row in rows if row["experiment"] == "ablate"] + found[1:]
-    text += table("ablations", ["change", "evaluations", "updates", *names],
-                  [[row["name"], str(row["judged"]), str(row["updates"]), *(cell([row], metric) for metric in METRICS)]
-                   for row in found])
-    for experiment in ("tune", "explore"):
-        lines = [[row["name"], changes(row["settings"]), str(row["judged"]), str(row["updates"]),
+    for experiment in ("ablate", "tune", "explore"):
+        lines = [[row["name"], *([label(row["settings"])] if experiment != "ablate" else []), str(row["judged"]),
+                  str(row["updates"]),
                   *([cell([row], metric) for metric in METRICS] if "diverged" not in row else [row["diverged"]])]
                  for row in rows if row["experiment"] == experiment]
-        text += table(experiment, ["trial", "settings", "evaluations", "updates", *names], lines)
+        text += table(experiment, ["trial", *(["settings"] if experiment != "ablate" else []), "evaluations", "updates", *names],
+                      lines)
     return text
 
 
@@ -407,44 +433,39 @@ def sweeps(rows: list[dict]) -> dict[str, list[list[dict]]]:
 
 
 def plot(rows: list[dict], reward: str, path: Path) -> None:
-    """Reward against evaluations and against what it cost: thick lines are means over seeds with 95% intervals, thin ones
-    single seeds. Costs below 0.001 are drawn at 0.001 (logarithmic axes)."""
+    """Gain against evaluations and against what it cost: means over seeds with 95% intervals.
+
+    Solid: what of the sweep lost least at the last of CHOOSE_AT (or gained most); dashed: what took fewest evaluations.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    costs = {"judged": ("objects judged in training", 1, 8), "alignment": ("alignment lost", -1, 1e-3),
-             "fid_to_base": ("FID to the base gained", 1, 1e-3), "diversity": ("diversity changed (either way)", 0, 1e-3)}
+    costs = {"judged": ("objects judged in training", 1), "alignment": ("alignment lost", -1),
+             "fid_to_base": ("FID to the base gained", 1), "diversity": ("diversity changed", 1)}
     figure = Figure(figsize=(14, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 4, sharey=True)
-    low, top, lines = 0.0, 0.0, {method: iter(("-", "--", ":", "-.")) for method in METHODS}
-    for name, marks in curves(rows, reward).items():
-        group = next(iter(marks.values()))
-        method = group[0]["settings"]["method"]
-        style = {"color": METHODS[method][1], "linestyle": next(lines[method])}
-        for axes, (key, (_, sign, least)) in zip(panels, costs.items()):
-            def cost(row: dict, key: str = key, sign: int = sign) -> float:
-                value = row["judged"] if key == "judged" else row[key]["change"]
-                return abs(value) if sign == 0 else sign * value
-            drawn = []
-            for group in marks.values():
-                gain, half = spread([row["reward"]["change"] for row in group])
-                x, x_half = spread([cost(row) for row in group])
-                drawn.append((max(x, least), gain, min(x_half, x - least) if x > least else 0.0, x_half, half))
-                low, top = min(low, gain), max(top, gain)
-            x, gain, left, right, half = zip(*drawn)
-            axes.plot(x, gain, label=name, marker="o", markersize=4, linewidth=2, alpha=0.9, **style)
-            axes.errorbar(x, gain, xerr=None if key == "judged" else (left, right), yerr=half, linestyle="none",
-                          elinewidth=0.5, alpha=0.35, color=style["color"])
-            for seed in {row["settings"]["seed"] for group in marks.values() for row in group}:
-                own = [row for group in marks.values() for row in group if row["settings"]["seed"] == seed]
-                axes.plot([max(cost(row), least) for row in own], [row["reward"]["change"] for row in own], linewidth=0.5,
-                          alpha=0.5, **style)
-    for axes, (title, _, least) in zip(panels, costs.values()):
-        axes.set(xlabel=title, xscale="log", ylim=(1.15 * low - 0.15 * top, 1.15 * top - 0.15 * low))
-        axes.set_xlim(left=0.8 * least)
+    panels, found = figure.subplots(1, 4, sharey=True), curves(rows, reward)
+    why = {label(settings): (kind(settings), [reason for reason in reasons if reason.endswith(f"{CHOOSE_AT[-1]:+g}")])
+           for settings, _, reasons in chosen(rows, reward)}
+    for name, (method, reasons) in why.items():
+        if name not in found or not reasons:
+            continue
+        dashed = reasons[0].startswith("fewest")
+        for axes, (key, (_, sign)) in zip(panels, costs.items()):
+            drawn = [(*spread([sign * (row[key] if key == "judged" else row[key]["change"]) for row in group]),
+                      *spread([row["reward"]["change"] for row in group])) for group in found[name].values()]
+            x, x_half, gain, half = zip(*drawn)
+            axes.errorbar(x, gain, xerr=None if key == "judged" else x_half, yerr=half, color=METHODS[method][1],
+                          marker=METHODS[method][2], markersize=5, linewidth=2, linestyle="--" if dashed else "-",
+                          elinewidth=0.6, label=f"{name} ({'fewest evaluations' if dashed else reasons[0].split(' at ')[0]})")
+    for axes, (key, (title, _)) in zip(panels, costs.items()):
+        axes.set(xlabel=title)
+        if key == "judged":
+            axes.set(xscale="log")
+        elif key != "diversity" and reward == "aesthetic":
+            axes.set(xscale="log", xlim=(1e-3, None))
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9, handlelength=5)
     r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 
@@ -456,12 +477,13 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    for axes, gain in zip(panels, GAINS["aesthetic"][1:4]):
+    for axes, gain in zip(panels, (0.1, 0.15, 0.2)):
         for method, (name, color, marker) in METHODS.items():
-            paths = [path for path in sweeps(rows)["aesthetic"] if path[0]["settings"]["method"] == method]
+            paths = [path for path in sweeps(rows)["aesthetic"] if kind(path[0]["settings"]) == method]
             points = [(reached(path, gain, "judged"), reached(path, gain, "alignment")) for path in paths]
             points = [(judged, max(-lost, 1e-3)) for judged, lost in points if judged is not None]
-            axes.plot(*zip(*points) if points else ((), ()), marker, color=color, label=f"{name}, {len(paths)} settings")
+            if method != "ddpo":                                # which gains too little
+                axes.plot(*zip(*points), marker, color=color, label=f"{name}, {len(paths)} settings")
         axes.set(title=f"at a gain of {gain:g}", xscale="log", yscale="log", xlabel="objects judged in training")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
@@ -486,14 +508,14 @@ def main() -> None:
     args = parser.parse_args()
     rows, worlds = args.rows or (WORK / "quick.jsonl" if args.quick else ROWS), {}
     for experiment in () if args.table else args.experiment:
-        for name, settings, marks in trials(experiment, args.reward, args.seeds, args.quick):
+        for name, settings, marks in trials(experiment, args.reward, args.seeds, args.quick, rows):
             if args.only and args.only not in name:
                 continue
             unseen = experiment != "tune"
             if unseen not in worlds:
                 worlds[unseen] = World(args.reward, 2 if unseen and not args.quick else 1, unseen, WORK)
             about = {"experiment": experiment, "name": name, "cmd": shlex.join(["python", *sys.argv])}
-            run(worlds[unseen], {"reward": args.reward} | settings, marks, about, rows, WORK)
+            run(worlds[unseen], settings, marks, about, rows, WORK)
     known = read(rows)
     print(tables(known))
     for reward in dict.fromkeys(row["settings"]["reward"] for row in known if row["experiment"] == "compare"):

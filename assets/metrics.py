@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from assets import fetching
+
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
            "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",
            "fid_to_base": "FID to the base"}
@@ -29,6 +31,7 @@ class Features(NamedTuple):
     fid: Callable[[Tensor], Tensor]         # -> (N, D'')
 
 
+@fetching("the networks that measure", "0.6 GB")
 def load_features(tower: nn.Module | None, device: torch.device | str) -> Features:
     """The embedded tower for `shapes`; else CLIP ViT-B/32, and DreamSim and Inception where installed."""
     if tower is not None:
@@ -131,10 +134,16 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
     return result
 
 
+def titles(summary: dict) -> dict[str, str]:
+    """The metrics that the summary tells something of: one object of a prompt has no diversity."""
+    return {name: title for name, title in METRICS.items()
+            if name != "diversity" or summary["samples_per_prompt"] > 1}
+
+
 def print_summary(summary: dict) -> None:
     """The before/after table, and what to think of it."""
     print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval     of the change")
-    for name, title in METRICS.items():
+    for name, title in titles(summary).items():
         row = summary[name]
         (low, high), (down, up) = row["after_ci95"], row["ci95"]
         print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:.3f} .. {high:.3f}   "

@@ -97,14 +97,25 @@ def load_networks(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
     weights = {name.removeprefix("vae."): value for name, value in load_weights(file)[0].items() if name.startswith("vae.")}
     own = root / "vae/config.json"
     config = about["vae_config"] | (read_config(own) if own.is_file() else {})
+    if not isinstance(config["scaling_factor"], (int, float)):
+        raise UserError(f"{own}: scaling_factor is {config['scaling_factor']!r}, not a number")
     # 12 channels, whatever the config says: it is that of the image VAE it was made from
-    return net, read_network(config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12}, weights, file)
+    vae = read_network(config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12}, weights, file)
+    if net.config.in_channels != vae.config.latent_channels + 6:
+        raise UserError(f"{folder} takes {net.config.in_channels} channels; {base} takes {vae.config.latent_channels} of the "
+                        "latent and 6 of Pluecker rays")
+    return net, vae
 
 
 def newest(root: Path, name: str, pattern: str, part: str) -> Path:
-    """root/NAME/checkpoints/NNNNNN/part with the highest number; NAME as published, or the one that fits the pattern."""
+    """root/NAME/checkpoints/NNNNNN/part with the highest number; NAME as published, or the only one that fits the pattern.
+
+    What is published under another name (another base, or one that starts from a picture) does not fit.
+    """
+    others = {about[part] for about in PUBLISHED.values() for part in ("net", "vae")} - {name}
     for folders in (name, pattern):
-        found = [path for path in root.glob(f"{folders}/checkpoints/*/{part}") if path.parent.name.isdigit()]
+        found = [path for path in root.glob(f"{folders}/checkpoints/*/{part}")
+                 if path.parent.name.isdigit() and path.parents[2].name not in others and "_image_" not in path.parents[2].name]
         if len({path.parents[2] for path in found}) == 1:
             return max(found, key=lambda path: int(path.parent.name))
     raise UserError(f"there is no {name}/checkpoints/NNNNNN/{part} in {root}; lay it out like {REPO} on the "
@@ -192,7 +203,7 @@ class TextEncoder:
     def prepare(self, prompts: list[str]) -> None:
         """Encode what is not on disk yet; nothing is kept in memory, prompt lists may be long."""
         if new := [prompt for prompt in dict.fromkeys(prompts) if self.read(prompt) is None]:
-            with fetching(*self.what):
+            with fetching(*self.what, local=self.root and self.root / "text_encoder"):
                 self.encode(new)
 
     def read(self, prompt: str) -> Tensor | None:
@@ -245,7 +256,12 @@ class TextEncoder:
         from tqdm import tqdm
         from transformers import CLIPTextModel, T5EncoderModel
         tokenizer, cls = self.tokenizer(), CLIPTextModel if self.clip else T5EncoderModel
-        model = cls.from_pretrained(**self.place("text_encoder"), dtype=self.dtype).to(self.device).eval()
+        place = self.place("text_encoder")
+        model, found = cls.from_pretrained(**place, dtype=self.dtype, output_loading_info=True)
+        if found["missing_keys"]:                               # else they would be random
+            raise UserError(f"the text encoder in {place['pretrained_model_name_or_path']} lacks {min(found['missing_keys'])}; "
+                            "copy it again")
+        model = model.to(self.device).eval()
         for n in tqdm(range(0, len(prompts), 32), "encoding prompts", leave=False, disable=len(prompts) < 64):
             part = prompts[n:n + 32]
             ids, mask = tokenizer([prompt if self.clip else prompt.lower().strip() for prompt in part])     # as published

@@ -4,13 +4,21 @@ r2d3.py hands in tensors and text and gets back {file name: content}; nothing he
 """
 
 import base64
+import contextlib
 import html
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from assets import to_bytes
+from assets import UserError, to_bytes
+from assets.metrics import titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%} table{border-collapse:collapse} pre{background:#f5f5f5;padding:1rem;overflow-x:auto}
@@ -19,18 +27,18 @@ td:first-child,th:first-child{text-align:left}"""
 
 
 def files(before: Tensor, after: Tensor, captions: list[str], turntable: bytes, rows: list[dict], summary: dict,
-          metrics: dict[str, str], title: str, settings: str) -> dict[str, bytes | str]:
+          title: str, settings: str) -> dict[str, bytes | str]:
     """Everything, by file name.
 
     before, after: (n, 3, H, W) in [0, 1], with n captions. rows: the training's log, may be empty. summary:
-    {metric: {"before", "after", "after_ci95", "ci95"}}, the metrics' titles in `metrics`.
+    {metric: {"before", "after", "after_ci95", "ci95"}}.
     """
     out = {"samples/before_after.png": png(labelled(torch.cat([before, after], 2), captions, min(6, len(captions)))),
            "samples/turntable.gif": turntable}
     if rows:
         out["curves.png"] = curves(rows)
     table = ""
-    for key, name in metrics.items():
+    for key, name in titles(summary).items():
         row = summary[key]
         (low, high), (down, up) = row["after_ci95"], row["ci95"]
         table += (f"<tr><td>{name}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{low:.3f} .. {high:.3f}"
@@ -93,3 +101,44 @@ def picture_rows(images: Tensor) -> Image.Image:
     rows, columns, _, H, W = images.shape
     flat = images.detach().cpu().clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, 3)
     return Image.fromarray((flat * 255).round().byte().numpy())
+
+
+def describe(config: dict, scorer: str) -> dict:
+    """What config.json holds: every setting, and with what and by whom the run was made."""
+    names = ("torch", "diffusers", "peft", "triton", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    git = None
+    with contextlib.suppress(OSError):                          # no git here
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True).stdout.strip() or None
+    gpu = torch.cuda.get_device_name(config["device"]) if config["device"].startswith("cuda") else None
+    return {"config": config, "scorer": scorer, "command": sys.argv, "seed": config["seed"], "git_commit": git,
+            "gpu": gpu, "versions": {"python": sys.version.split()[0], **versions}}
+
+
+def plan(about: dict, world: int, picked: int, prompts: int, test_prompts: int, done: int | None) -> str:
+    """What a training is going to do, before it does. `picked` steps of a trajectory are trained; `done` epochs are."""
+    config = about["config"]
+    objects = config["batch_size"] * world
+    lines = [f"base      {config['base']} on {config['device']}" + (f", {world} processes" if world > 1 else ""),
+             f"reward    {about['scorer']}",
+             f"training  {config['epochs']} epochs x {config['updates_per_epoch']} updates; an epoch samples {objects} "
+             f"objects in {config['steps']} steps",
+             f"          and trains on {objects * picked} of these; rewards see {config['views']} views of "
+             f"{config['view_size']} pixels squared",
+             f"prompts   {prompts} to train on, {test_prompts} x {config['samples_per_prompt']} to measure"]
+    if config["base"] == "shapes" and torch.cuda.is_available():
+        lines += ["bigger    this GPU can run the paper's base: --base diffsplat-pixart (a large download, once)"]
+    return "\n".join([*lines, f"results   {config['out']}/" + (f" (going on after epoch {done})" if done else "")])
+
+
+def add_row(path: str | None, row: dict | None = None) -> None:
+    """Append a line to a .jsonl file; without a row only make sure that it can be done."""
+    if path is None:
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n" if row else "")
+    except OSError as error:
+        raise UserError(f"--row {path} cannot be written ({error.strerror}); name a .jsonl file") from None

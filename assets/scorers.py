@@ -162,6 +162,10 @@ class MarigoldNormals(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] -> (N, 3, S, S), unit normals in our camera space."""
+        return torch.cat([self.estimate(part) for part in images.split(16)])    # the U-Net sees 768 x 768 pixels
+
+    def estimate(self, images: Tensor) -> Tensor:
+        """`forward` for as many pictures as fit."""
         t, scale = self.scheduler.timesteps[0], self.vae.config.scaling_factor
         x = F.interpolate(images * 2 - 1, (self.size, self.size), mode="bilinear", antialias=True)
         latent = self.vae.encode(x.to(self.text)).latent_dist.mode() * scale        # (N, 4, h, w)

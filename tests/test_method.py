@@ -541,7 +541,7 @@ def test_rollout_keeps_what_the_loss_needs(guidance):
     cond, null = base.encode(PROMPTS), base.encode([""])
     path = r2d3.rollout(base, schedule, cond, null, guidance, seeded(3), progress=lambda steps: list(steps))
     assert path.x.shape == (4, 8, 2, 3) and path.eps_text.shape == (4, 7, 2, 3) and not path.x.requires_grad
-    assert (path.eps_uncond is None) == (guidance == 1)
+    assert torch.equal(path.eps, path.eps_text) == (guidance == 1)
     generator = seeded(3)
     noises = [torch.randn(4, 2, 3, generator=generator) for _ in range(8)]
     assert torch.equal(path.x[:, 0], noises[0])
@@ -549,7 +549,7 @@ def test_rollout_keeps_what_the_loss_needs(guidance):
         x = path.x[:, i]
         without, text = r2d3.predict_both(base, x, schedule.t(i).expand(4), cond, null, 2.5)
         assert close(path.eps_text[:, i], text.detach())
-        assert guidance == 1 or close(path.eps_uncond[:, i], without.detach())
+        assert close(path.eps[:, i], (without + guidance * (text - without)).detach())
         eps = (without + guidance * (text - without)).detach()
         c_x, c_0, std = schedule.step(i)
         want = c_x * x + c_0 * schedule.x0(x, eps, i) + std * noises[i + 1]

@@ -612,15 +612,12 @@ def test_processes_share_the_work(setting, monkeypatch):
     base, reward, schedule, prompts, null, config, scores = setting
     shares = []
     for rank in range(2):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("RANK", str(rank))
-
         def gather(everyone, mine):
             shares.append(dict(mine))
             everyone[:] = [{p: s for p, s in scores.items() if p not in mine}, mine]
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
+        got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config, rank, 2)
         assert got == [p for p in prompts if p not in set(sorted(prompts, key=scores.get)[:3])]
     assert [list(share) for share in shares] == [prompts[:5] + prompts[10:], prompts[5:10]]
     assert {**shares[0], **shares[1]} == pytest.approx(scores)

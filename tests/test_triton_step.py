@@ -34,7 +34,7 @@ found = {}
 for backend in ("torch", "triton"):
     config = r2d3.resolve(r2d3.Config(backend=backend, views=1, view_size=17, guidance=2.0, branch="guided"))
     path = r2d3.rollout(base, schedule, cond, null, 2.0, r2d3.seeded(0))
-    old = r2d3.guide(path.eps_uncond[:, 12], path.eps_text[:, 12], 2.0) + 0.01
+    old = path.eps[:, 12] + 0.01
     batch = r2d3.Transitions(torch.tensor([12]), path.x[:, 12], path.x[:, 13], old, cond, ["red cube"])
     reward = r2d3.load_reward("aesthetic=1,dnc=1", type("B", (), {"tower": None, "normals": None}), "cpu")
     g, score = r2d3.reward_gradient(base, reward, schedule, batch, null, config, r2d3.seeded(1))
