@@ -154,13 +154,13 @@ class Config:
 
 PRESETS = {  # by base; under "" for all, then by reward and by method (the later wins)
     "shapes": {  # chosen from assets/results/compare.jsonl
-        "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
-             "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 1000.0, "lam": 1.0,
+        "": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 4, "lr": 2.5e-4, "matching": "eps",
+             "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 4000.0, "lam": 1.0,
              "views": 2, "view_size": 48, "eval_size": 64, "min_quantile": 0.0, "ddpo_clip": 1e-2,
              "micro_batch": 16, "last_step": "always"},
-        "refl": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
-        "draft": {"epochs": 8, "batch_size": 8, "updates_per_epoch": 1},
-        "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "last_step": "never"},
+        "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},
+        "draft": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 1, "lr": 2e-4},
+        "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-3, "last_step": "never"},
     },
     "paper": {  # the paper's, for its bases
         "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
@@ -915,8 +915,7 @@ def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], confi
 
 def judge_samples(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
                   generator: torch.Generator, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards (B,) of an epoch's samples, their alpha coverage (B,), and with `gradient` the rewards'
-    gradient (B, *latent), else zeros."""
+    """Rewards (B,) of an epoch's samples, alpha coverage (B,), and with `gradient` u (B, *latent) (E8)."""
     scores, covered, uphill = [], [], torch.zeros_like(x0)
     for rows in torch.arange(len(x0)).split(config.micro_batch):
         part = x0[rows].requires_grad_(gradient)
@@ -1565,9 +1564,9 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
                 theirs = run_config(config.run)
                 config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None, seed=0,
                                                           samples_per_prompt=None))
-            others = {"train": ["run", "lora", "row", "base_only"], "evaluate": ["resume", "dry_run", "prompts"],
-                      "sample": ["resume", "dry_run", "row", "base_only"]}
-            for option in others[name]:
+            not_for = {"train": "run lora row base_only", "evaluate": "resume dry_run prompts",
+                       "sample": "resume dry_run row base_only"}
+            for option in not_for[name].split():
                 if getattr(config, option):
                     raise UserError(f"--{option.replace('_', '-')} is not for {name}; leave it out")
             return commands[name], config

@@ -37,7 +37,7 @@ def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
 
 def test_every_method_is_tuned_alike():
     for reward in compare.BETA:
-        settings = [json.dumps(settings, sort_keys=True) for _, settings, _ in compare.trials("tune", reward, [0], False)]
+        settings = [json.dumps(settings, sort_keys=True) for _, settings, _ in compare.trials("tune", reward, [0], False, compare.ROWS)]
         count = [sum(f'"method": "{method}"' in one for one in settings) for method in ("nabla", "draft", "refl")]
         assert len({*settings}) == len(settings) and len({*count}) == 1
 
@@ -77,25 +77,47 @@ def test_a_trial_that_diverges_is_a_row(world, tmp_path):
     assert compare.sweeps([row | {"experiment": "tune"}]) == {}
 
 
-def made(name, seed, mark, gain, alignment):
+def made(name, seed, mark, gain, alignment, **more):
     metrics = {metric: {"change": 0.0, "after": 0.0} for metric in compare.METRICS}
     metrics |= {"reward": {"change": gain, "after": gain}, "alignment": {"change": alignment, "after": 0.0}}
-    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic", "method": "nabla"}, "mark": mark,
+    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic", "method": "nabla", "reward_at": "step"} | more, "mark": mark,
                     "judged": mark, "updates": mark, "train_seconds": 1.0, "samples_per_prompt": 2, "scorer": "-", **metrics}
 
 
 def test_equal_reward_is_read_off_the_curve():
     rows = [made("a", 0, 10, 0.1, -0.01), made("a", 0, 20, 0.3, -0.05), made("a", 1, 10, 0.2, -0.02), made("a", 1, 20, 0.1, -0.5)]
-    marks = compare.curves(rows, "aesthetic")["a"]
-    assert compare.at_equal_reward(marks, 0.2, "alignment") == pytest.approx([-0.03, -0.02])
-    assert compare.at_equal_reward(marks, 0.2, "judged") == pytest.approx([15, 10])
+    marks = compare.curves(rows, "aesthetic")["nabla-R2D3, E7"]
+    assert compare.at_equal_reward(marks, 0.2, "alignment") == pytest.approx([-0.0276, -0.02], abs=1e-4)    # 2^(log 5 / log 3)
+    assert compare.at_equal_reward(marks, 0.2, "judged") == pytest.approx([15.486, 10], abs=1e-3)            # 2^(log 2 / log 3)
+    assert compare.at_equal_reward(marks, 0.1, "alignment") == pytest.approx([-0.01, -0.01])
     assert compare.at_equal_reward(marks, 0.05, "alignment") == pytest.approx([-0.005, -0.005])     # from the untouched base
     assert compare.at_equal_reward(marks, 0.25, "alignment") is None                                # one seed never got there
     mean, half = compare.spread([1.0, 2.0, 6.0])
     assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)                    # t for 2 degrees of freedom
-    assert "-0.025 ± 0.064" in compare.tables(rows)
+    assert "-0.024 ± 0.048" in compare.tables(rows)
     sweep = compare.tables([row | {"experiment": "tune"} for row in rows if row["settings"]["seed"] == 0])
-    assert "| nabla |  | 12 | -0.020 |" in sweep and "| +0.300 |" in sweep       # 0.15 is a quarter of the way from 10 to 20
+    assert "| nabla-R2D3, E7 | 13 | -0.018 |" in sweep and "| +0.300 |" in sweep
+    rising = [made("a", 0, 10, 0.1, 0.01), made("a", 0, 20, 0.3, -0.03)]        # no power law through a change of sign
+    assert compare.reached(rising, 0.2, "alignment") == pytest.approx(-0.01)
+
+
+def test_the_sweep_chooses_what_is_compared():
+    """Of every kind the least alignment lost and the fewest evaluations among what gains a tenth more; else the largest gain."""
+    rows = [made("-", 0, mark, gain, lost, lr=lr) | {"experiment": "tune"} for lr, path in {
+        1e-4: [(20, 0.06, -0.001), (40, 0.12, -0.004), (60, 0.15, -0.005)],
+        2e-4: [(10, 0.06, -0.003), (20, 0.12, -0.008), (40, 0.25, -0.02)],
+        3e-4: [(5, 0.06, -0.01), (10, 0.12, -0.02), (20, 0.21, -0.03)],         # gains 0.2, but not a tenth more
+    }.items() for mark, gain, lost in path]
+    rows += [made("-", 0, 30, 0.05 * n, -0.01, method="ddpo", lr=n * 1e-4) | {"experiment": "tune"} for n in (1, 2)]
+    found = {settings["lr"] if settings["method"] == "nabla" else settings["method"]: (marks, reasons)
+             for settings, marks, reasons in compare.chosen(rows, "aesthetic")}
+    assert {name: reasons for name, (_, reasons) in found.items()} == {
+        1e-4: ["least lost at +0.1"], 3e-4: ["fewest evaluations at +0.1"],
+        2e-4: ["least lost at +0.2", "fewest evaluations at +0.2"], "ddpo": ["most gained at +0.1", "most gained at +0.2"]}
+    assert found[3e-4][0] == [4, 6, 8, 12, 16, 24]              # it takes about 8 evaluations to a gain of 0.1
+    trial = made("-", 0, 20, 0.1, -0.01, lr=3e-4)
+    other = made("-", 0, 20, 0.1, -0.01, lr=9e-4)               # an earlier trial that the sweep did not choose
+    assert [*compare.curves([*rows, trial, other], "aesthetic")] == [compare.label(trial["settings"])]
 
 
 def test_one_object_has_no_diversity():
@@ -109,17 +131,15 @@ def test_the_committed_rows_are_the_claim(tmp_path):
     keys = [json.dumps([row[name] for name in ("settings", "mark", "samples_per_prompt", "prompts")], sort_keys=True)
             for row in rows]
     assert len(set(keys)) == len(keys)
-    methods = {name for name, *_ in compare.trials("compare", "aesthetic", [0], quick=False)}
-    for name in methods:
-        found = [row for row in rows if row["experiment"] == "compare" and row["name"] == name
-                 and row["settings"]["reward"] == "aesthetic"]
-        assert {row["settings"]["seed"] for row in found} >= {0, 1, 2}, name
-        assert {row["settings"]["method"] for row in found} == {name.split("-")[0].split(",")[0].lower()}
+    for seed in range(3):                                       # every trial of the comparison is there, to its last mark
+        for name, settings, marks in compare.trials("compare", "aesthetic", [seed], False, compare.ROWS):
+            found = [row["mark"] for row in rows if row["settings"] == settings and row["samples_per_prompt"] == 2]
+            assert {*marks} <= {*found}, name
     assert set(compare.ABLATIONS) <= {row["name"] for row in rows if row["experiment"] == "ablate"}
     for reward in compare.BETA:                                 # every trial of the sweep is there
-        wanted = [settings for _, settings, _ in compare.trials("tune", reward, [0], quick=False)]
-        made = [row["settings"] for row in rows if row["experiment"] == "tune"]
-        assert all({"reward": reward} | settings in made for settings in wanted), reward
+        wanted = [settings for _, settings, _ in compare.trials("tune", reward, [0], False, compare.ROWS)]
+        there = [row["settings"] for row in rows if row["experiment"] == "tune"]
+        assert all(settings in there for settings in wanted), reward
     assert {row["settings"]["reward"] for row in rows} == {"aesthetic", "hpsv2", "dnc"}
     readme = (ROOT / "README.md").read_text()
     lines = compare.tables(rows).splitlines()

@@ -440,13 +440,14 @@ def test_aesthetic_preprocessing(clip):
     tower = RecordingTower()
     scorers.LaionAesthetic(tower).embed(images)
     assert tower.seen.shape == (2, 3, 224, 224)
-    assert close(tower.seen[..., :32, :32], d["pixel_values_normalised_crop"], 5e-7)
+    assert close(tower.seen[..., :32, :32], d["pixel_values_normalised_crop"], 2e-6)    # measured 1e-7 or less; more without AVX2
     smooth = F.interpolate(images, 224, mode="bicubic", antialias=True)  # how most people would do it
     scorers.LaionAesthetic(tower).embed(smooth)
     assert not close(tower.seen[..., :32, :32], d["pixel_values_normalised_crop"], 1e-3)
 
 
 def test_aesthetic_embedding(clip):
+    """Measured: 3.7e-8 (the published head's weights are not recorded; its affine map is tested below)."""
     scorer, images, d = clip
     embed = scorer.embed(images)
     assert close(embed, d["embed_normalised"], 2e-6)
