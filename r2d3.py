@@ -180,7 +180,7 @@ def resolve(config: Config) -> Config:
     presets = PRESETS.get(config.base, PRESETS["paper"])
     rewards = [part.split("=")[0].strip() for part in config.reward.split(",")]
     usual = presets[""] | presets.get(rewards[0], {}) | presets.get(config.method, {})
-    usual["min_quantile"] = max(presets.get(reward, usual).get("min_quantile", 0.0) for reward in rewards)
+    usual["min_quantile"] = max(presets.get(reward, {}).get("min_quantile", 0.0) for reward in rewards)
     name = "-".join(Path(reward.split(":")[0]).stem for reward in rewards)
     kind = "shapes" if config.base == "shapes" else "objects"
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
@@ -206,7 +206,7 @@ def resolve(config: Config) -> Config:
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
                    "draft_noises", "skip_below", "min_quantile"}
     at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2 ** 62, "train_from": 0.9,
-               "skip_below": 1, "draft_steps": config.steps, "min_quantile": 0.9}
+               "skip_below": 1, "draft_steps": 1 if config.draft_noises else config.steps, "min_quantile": 0.9}
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
             continue
@@ -219,8 +219,6 @@ def resolve(config: Config) -> Config:
         raise UserError("--view-size and --eval-size must be at least 8 pixels")
     if not pick_steps(config, seeded(0)):
         raise UserError("nothing to train; use more --steps, a lower --train-from, another --last-step")
-    if config.draft_noises and config.draft_steps > 1:
-        raise UserError("--draft-noises is DRaFT-LV, which has one step; leave --draft-steps out")
     return config
 
 
@@ -575,12 +573,7 @@ def load_prompts(spec: str) -> list[str]:
     if not spec.strip():
         raise UserError("the prompt is empty; write what to make, for example --prompts \"a red cube\"")
     if spec.startswith("hpdv2:"):
-        style = spec.removeprefix("hpdv2:")
-        if style not in ("photo", "anime", "concept-art", "paintings"):
-            raise UserError(f"--prompts {spec}: the styles are photo, anime, concept-art and paintings")
-        with fetching("the HPDv2 benchmark prompts", "1 MB"):
-            import hpsv2
-            return [" ".join(prompt.split()) for prompt in hpsv2.benchmark_prompts(style)]
+        return published.benchmark_prompts(spec.removeprefix("hpdv2:"))
     if os.path.isfile(spec):
         try:
             lines = Path(spec).read_text(encoding="utf-8-sig").splitlines()
@@ -859,7 +852,7 @@ def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, gu
     return Trajectory(*(torch.stack(steps, 1) for steps in (xs, guided, texts)))
 
 
-def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator,
+def pick_transitions(steps: int, fraction: float, last_step: str | None, generator: torch.Generator,
                      train_from: float = 0.0, stratify: bool = True) -> list[int]:
     """The steps of one trajectory to train: the last one as `last_step` says, the rest stratified over time.
 
@@ -867,7 +860,7 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
     at a random quarter, so that every noise level is trained about equally often for any number of steps.
     """
     count = max(1, int(steps * fraction + 1e-9))
-    always = [steps - 1] if last_step == "always" else []
+    always = [steps - 1] if last_step in ("always", None) else []
     end = steps if last_step == "stratified" else steps - 1
     pool = torch.arange(min(round(steps * train_from), end), end)
     parts = pool.tensor_split(4) if stratify else [pool]
@@ -916,16 +909,26 @@ def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], confi
 def judge_samples(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
                   generator: torch.Generator, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards (B,) of an epoch's samples, alpha coverage (B,), and with `gradient` u (B, *latent) (E8)."""
-    scores, covered, uphill = [], [], torch.zeros_like(x0)
+    parts = []
     for rows in torch.arange(len(x0)).split(config.micro_batch):
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             score, pictures = judge(base, reward, part, [prompts[n] for n in rows], config, generator)
-        if gradient:
-            uphill[rows], = torch.autograd.grad(score.sum(), part)
-        scores.append(score.detach())
-        covered.append(pictures.alpha.detach().mean((1, 2, 3, 4)))
-    return torch.cat(scores), torch.cat(covered), uphill
+        u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
+        parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
+    return tuple(torch.cat(each) for each in zip(*parts))
+
+
+@contextlib.contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """No gradients of weights, or every LoRA layer would keep its input for one, which takes most memory."""
+    trained = [weight for weight in net.parameters() if weight.requires_grad]
+    try:
+        net.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_()
 
 
 def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
@@ -934,19 +937,15 @@ def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, ba
     `batch` has the reward's gradient at the sample, of that linear function of x0(x_s) instead (E8).
     """
     x_s, s = batch.x_s.detach().requires_grad_(), batch.i + 1
-    trained = [weight for weight in base.net.parameters() if weight.requires_grad]
-    for weight in trained:                  # else LoRA layers keep their inputs, for gradients of their own
-        weight.requires_grad_(False)
-    with contextlib.nullcontext() if config.jacobian else torch.no_grad():
-        eps = predict_guided(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
-    x0 = schedule.x0(x_s, eps, s)                                                               # (E1) at s
-    if batch.uphill is None:
-        score, _ = judge(base, reward, x0, batch.prompts, config, generator)                    # (E7)
-    else:
-        score = (x0 * batch.uphill).flatten(1).sum(1)                                           # (E8)
-    g, = torch.autograd.grad(score.sum(), x_s)
-    for weight in trained:
-        weight.requires_grad_()
+    with frozen(base.net):
+        with contextlib.nullcontext() if config.jacobian else torch.no_grad():
+            eps = predict_guided(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
+        x0 = schedule.x0(x_s, eps, s)                                                           # (E1) at s
+        if batch.uphill is None:
+            score, _ = judge(base, reward, x0, batch.prompts, config, generator)                # (E7)
+        else:
+            score = (x0 * batch.uphill).flatten(1).sum(1)                                       # (E8)
+        g, = torch.autograd.grad(score.sum(), x_s)
     if config.clip_reward_grad:
         norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
         g = g * per_sample((config.clip_reward_grad / norm).clamp(max=1), g)
@@ -1092,25 +1091,26 @@ def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompt
     with phase("reward gradient" if once else "rollout", config):
         score, covered, uphill = judge_samples(base, reward, trajectory.x[:, -1], chosen, config, generator,
                                                gradient=once)
-    sampled, advantage = {"reward": score.mean().item(), "coverage": covered.mean().item()}, torch.zeros(B)
+    sampled, advantage = {"reward": score.mean().item(), "coverage": covered.mean().item()}, None
     if ddpo:
         everyone = [(score.tolist(), chosen)] * world
         if world > 1:
             torch.distributed.all_gather_object(everyone, (score.tolist(), chosen))
         scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
-        advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B]
+        advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B].to(score)
     eps_old = trajectory.eps if config.branch == "guided" or ddpo else trajectory.eps_text
     pairs = torch.tensor([(b, i) for b in range(B) for i in pick_steps(config, generator)])
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     shares = pairs.tensor_split(min(config.updates_per_epoch, len(pairs))) * config.updates_per_gradient
     judged, gradients = B if ddpo or once else 0, {}            # objects judged; g, which may be used again
-    k, weight = match_weights(schedule, torch.arange(config.steps), config)
-    heard = weight / k >= config.skip_below * (weight / k).max()    # (T,) where g moves the prediction enough
+    weight = match_weights(schedule, torch.arange(config.steps), config)[1]
+    heard = weight >= config.skip_below * weight.max()          # (T,) the steps at which the reward counts
 
     def gather(part: Tensor) -> Transitions:
         b, i = part.unbind(1)
-        return Transitions(i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b],
-                           [chosen[n] for n in b], advantage[b].to(score), uphill[b] if once else None)
+        return Transitions(
+            i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b], [chosen[n] for n in b],
+            advantage[b] if ddpo else None, uphill[b] if once else None)
 
     for number, share in enumerate(shares):
         totals = {}
@@ -1229,9 +1229,8 @@ def open_run(config: Config, prompts: str) -> tuple[Config, dict | None]:
     if not config.resume:
         raise UserError(f"{out} already holds a run; go on with --resume, or begin another with --out")
     theirs = dataclasses.asdict(run_config(out))
-    for name in theirs.keys() - FREE_ON_RESUME:
-        if getattr(config, name) is None:
-            config = dataclasses.replace(config, **{name: theirs[name]})
+    unset = [name for name in theirs.keys() - FREE_ON_RESUME if getattr(config, name) is None]
+    config = dataclasses.replace(config, **{name: theirs[name] for name in unset})
     for name, ours in dataclasses.asdict(config).items():
         if name not in FREE_ON_RESUME and theirs[name] != ours:
             raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs[name]}, "
@@ -1254,7 +1253,8 @@ def run_config(folder: str | Path) -> Config:
     """The settings of a run, from its config.json; `run` is that folder."""
     path = Path(folder) / "config.json"
     try:
-        return Config(**json.loads(path.read_text())["config"] | {"run": str(folder), "resume": False})
+        theirs = {"reward_at": "step"} | json.loads(path.read_text())["config"]     # (older runs)
+        return Config(**theirs | {"run": str(folder), "resume": False})
     except OSError:
         raise UserError(f"--run {folder}: there is no run in that folder") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -1277,7 +1277,7 @@ def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, pro
         return prompts
     from tqdm import tqdm
     weights = Path(config.weights or HERE / "assets/shapes.safetensors")
-    files = {weights, *weights.rglob("*"), *map(Path, re.findall(r"[^,=]+\.py(?=:)", config.reward))}
+    files = {weights, *weights.rglob("*"), *map(Path, re.findall(r"[^,=\s][^,=]*\.py(?=:)", config.reward))}
     stamps = sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
     what = [getattr(config, name) for name in SCORED_WITH] + [prompts, world, stamps]
     key = hashlib.sha256(repr(what).encode()).hexdigest()
@@ -1325,12 +1325,13 @@ def train(config: Config) -> dict:
     from tqdm import tqdm
     started = time.perf_counter()
     config, rank, world = start_processes(resolve(config))
-    if config.method == "nabla" and config.skip_below and pick_steps(config, seeded(0)) == [config.steps - 1]:
+    few = config.last_step == "always" and pick_steps(config, seeded(0)) == [config.steps - 1]
+    if config.method == "nabla" and config.skip_below and few:
         raise UserError("only the last step would be trained, where no reward is heard; raise --fraction")
-    prompts = load_prompts(config.prompts)
-    test_prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
+    prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
     config, state = (config, None) if config.dry_run else open_run(config, digest)
+    test_prompts = test_prompts[:config.eval_prompts]
     base = load_base(config, config.device)
     reward = load_reward(config.reward, base, config.device, config)
     base.prepare([*prompts, *test_prompts, ""])
@@ -1522,9 +1523,8 @@ def evaluate(config: Config) -> dict:
         raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
     if config.base_only:
         config = dataclasses.replace(config, run=None, lora=None)
-    if config.samples_per_prompt is None:
-        config = dataclasses.replace(config, samples_per_prompt=32)
-    config, base, schedule = load_run(config)
+    samples = 32 if config.samples_per_prompt is None else config.samples_per_prompt
+    config, base, schedule = load_run(dataclasses.replace(config, samples_per_prompt=samples))
     reward = load_reward(config.reward, base, config.device, config)
     features = metrics.load_features(base.tower, config.device)
     prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
@@ -1539,9 +1539,9 @@ def evaluate(config: Config) -> dict:
     summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
                "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
-    named = f"-{Path(config.lora).stem}" if config.lora else ""
-    place = f"{run}/evaluation{'-base' * config.base_only}" if run else f"{config.out}{named}-evaluation"
-    out = Path(given or place)
+    named = "-" + "-".join(Path(config.lora).resolve().with_suffix("").parts[-2:]) if config.lora else ""
+    place = f"{run}/evaluation{'-base' * config.base_only}" if run else f"{config.out}-evaluation"
+    out = Path(given or place + named)
     write_report(base, prompts, before, after, [], summary, config, out)
     report.add_row(config.row, report.describe(dataclasses.asdict(config), reward.title) | summary)
     metrics.print_summary(summary)
@@ -1563,7 +1563,7 @@ def parse(arguments: list[str]) -> tuple[Callable, Config]:
             if config.run is not None and name != "train":      # what is not given is as it was in the run
                 theirs = run_config(config.run)
                 config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None, seed=0,
-                                                          samples_per_prompt=None))
+                                                          samples_per_prompt=None, eval_prompts=None))
             not_for = {"train": "run lora row base_only", "evaluate": "resume dry_run prompts",
                        "sample": "resume dry_run row base_only"}
             for option in not_for[name].split():

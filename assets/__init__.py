@@ -75,7 +75,7 @@ def fetching(what: str, size: str, local: Path | None = None) -> Iterator[None]:
         raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if local and local.is_dir():
+        if local:
             raise UserError(f"{what} in {local} cannot be read ({why}); is it complete?") from None
         raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "
                         "--base shapes with its own scorers and prompts needs none") from None

@@ -51,9 +51,9 @@ NABLA = STEP | {"reward_at": "sample", "batch_size": 2, "lr": 2.5e-4, "updates_p
 DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
 REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
 DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
+# What a label leaves out: the defaults of r2d3.py (of E7: what it was before E8).
 OWN = {"E8": NABLA, "E7": STEP, "draft": DRAFT | {"batch_size": 2, "lr": 2e-4}, "refl": REFL | {"batch_size": 1, "lr": 2e-4},
-       "ddpo": DDPO}                                            # the defaults of r2d3.py; of E7 as it was the default
-CHOOSE_AT = (0.1, 0.2)                                          # gains at which the sweep's winners are compared
+       "ddpo": DDPO}
 MARKS = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the reward's gradient at the late levels
 GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02), "dnc": (0.005, 0.01, 0.02)}
@@ -61,8 +61,8 @@ GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02)
 ABLATIONS = {
     "**the default**": {},
     "reward asked at every step (E7)": {"reward_at": "step"},
-    "matching score (E4)": {"matching": "score"},
-    "matching score, last step never": {"matching": "score", "last_step": "never"},
+    "matching score (E4)": {"matching": "score", "skip_below": 0.0},
+    "matching score, last step never": {"matching": "score", "skip_below": 0.0, "last_step": "never"},
     "last step stratified": {"last_step": "stratified"},
     "last step never": {"last_step": "never"},
     "guided prediction matched": {"branch": "guided"},
@@ -148,20 +148,20 @@ def label(settings: dict) -> str:
 def chosen(rows: list[dict], reward: str) -> list[tuple[dict, list[int], list[str]]]:
     """Settings that the comparison takes from the sweep, marks around where the sweep says that they get there, and why.
 
-    Of every kind, at each of CHOOSE_AT: the setting that loses least alignment, and the one that takes fewest evaluations,
+    Of every kind, at every other of GAINS: the setting that loses least alignment, and the one that takes fewest evaluations,
     of those that gain a tenth more at some mark; where none does, the one that gains most.
     """
     found = {}
     for name in METHODS:
         paths = [path for path in sweeps(rows).get(reward, []) if kind(path[0]["settings"]) == name]
-        for gain in CHOOSE_AT:
+        for gain in GAINS[reward][1::2]:
             able = [path for path in paths if reached(path, 1.1 * gain, "judged") is not None]   # with a margin for seeds
             if able:
                 picks = {"least lost": max(able, key=lambda path: reached(path, gain, "alignment")),
                          "fewest evaluations": min(able, key=lambda path: reached(path, gain, "judged"))}
             else:
-                gains = [(max(row["reward"]["change"] for row in path), path) for path in paths]
-                picks = {"most gained": max(gains, key=lambda pair: pair[0])[1]} if gains else {}
+                paths.sort(key=lambda path: max(row["reward"]["change"] for row in path))
+                picks = {"most gained": path for path in paths[-1:]}
             for why, path in picks.items():
                 settings = {name: value for name, value in path[0]["settings"].items() if name != "seed"}
                 cost = reached(path, gain, "judged") or path[-1]["mark"]
@@ -181,11 +181,12 @@ def trials(experiment: str, reward: str, seeds: list[int], quick: bool, rows: Pa
         picked = chosen(sweep if reward in sweeps(sweep) else read(ROWS), reward)
         if quick:                                               # the first of every kind
             picked, seeds = [*{kind(one[0]): one for one in picked[::-1]}.values()], [0]
+            picked = [(settings, [mark for mark in marks if mark <= 128], why) for settings, marks, why in picked]
         return [(label(settings), settings | {"seed": seed}, marks) for seed in seeds for settings, marks, _ in picked]
     if experiment == "tune":
         return [(label(scaled(settings)), scaled(settings) | {"seed": 0}, marks)
                 for settings, marks in (TUNE if reward == "aesthetic" else TUNE_OTHERS)]
-    return [(name, scaled(NABLA) | change | {"seed": 0}, [64, 192] if "reward_at" in change else [64])
+    return [(name, scaled(NABLA | change) | {"seed": 0}, [64, 192] if "reward_at" in change else [64])
             for name, change in ABLATIONS.items()]
 
 
@@ -237,6 +238,7 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
         return
     measured = {"samples_per_prompt": world.config.samples_per_prompt,
                 "prompts": "unseen" if world.unseen else "a quarter of the training prompts"}
+    measured |= {"experiment": about["experiment"]}
     done = [row for row in read(rows) if row["settings"] == settings and measured.items() <= row.items()]
     marks = [mark for mark in marks if all(row["mark"] != mark for row in done)]
     if not marks or any(row.get("diverged") for row in done):
@@ -313,7 +315,7 @@ def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
 def reached(path: list[dict], gain: float, metric: str) -> float | None:
     """What a metric of one trial had changed by when the reward had gained `gain`; None where it never gained so much.
 
-    Between marks a power law, as costs grow faster than gains; where one is not above zero, and up to the first mark, linear.
+    Between marks a power law, as costs grow faster than gains; where the sign changes, and up to the first mark, linear.
     """
     points = [(0.0, 0.0)] + [(row["reward"]["change"], row[metric]["change"] if metric in METRICS else row[metric])
                              for row in path]
@@ -434,7 +436,7 @@ def sweeps(rows: list[dict]) -> dict[str, list[list[dict]]]:
 def plot(rows: list[dict], reward: str, path: Path) -> None:
     """Gain against evaluations and against what it cost: means over seeds with 95% intervals.
 
-    Solid: what of the sweep lost least at the last of CHOOSE_AT (or gained most); dashed: what took fewest evaluations.
+    Solid: what of the sweep lost least at the last gain of the choice (or gained most); dashed: what took fewest evaluations.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -443,7 +445,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
     figure = Figure(figsize=(14, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     panels, found = figure.subplots(1, 4, sharey=True), curves(rows, reward)
-    why = {label(settings): (kind(settings), [reason for reason in reasons if reason.endswith(f"{CHOOSE_AT[-1]:+g}")])
+    why = {label(settings): (kind(settings), [reason for reason in reasons if reason.endswith(f"{GAINS[reward][1::2][-1]:+g}")])
            for settings, _, reasons in chosen(rows, reward)}
     for name, (method, reasons) in why.items():
         if name not in found or not reasons:

@@ -64,7 +64,8 @@ def load(base: str, weights: str | None, device: torch.device | str, precision: 
     """What r2d3.DiffSplat is made from; bf16 on a GPU.
 
     `weights` is a folder laid out like the published repo, "random" for networks before any training, or None to fetch
-    what is needed. On a GPU both networks are bf16, with `precision` "float32" the denoiser is not. The text encoder is loaded when prompts are first encoded, and is gone afterwards.
+    what is needed. On a GPU both networks are bf16, with `precision` "float32" the denoiser is not. The text encoder is
+    loaded when prompts are first encoded, and is gone afterwards.
     """
     about = PUBLISHED[base]
     if weights == "random":
@@ -112,7 +113,7 @@ def newest(root: Path, name: str, pattern: str, part: str) -> Path:
 
     What is published under another name (another base, or one that starts from a picture) does not fit.
     """
-    others = {about[part] for about in PUBLISHED.values() for part in ("net", "vae")} - {name}
+    others = {about[key] for about in PUBLISHED.values() for key in ("net", "vae")} - {name}
     for folders in (name, pattern):
         found = [path for path in root.glob(f"{folders}/checkpoints/*/{part}")
                  if path.parent.name.isdigit() and path.parents[2].name not in others and "_image_" not in path.parents[2].name]
@@ -203,7 +204,8 @@ class TextEncoder:
     def prepare(self, prompts: list[str]) -> None:
         """Encode what is not on disk yet; nothing is kept in memory, prompt lists may be long."""
         if new := [prompt for prompt in dict.fromkeys(prompts) if self.read(prompt) is None]:
-            with fetching(*self.what, local=self.root and self.root / "text_encoder"):
+            folders = [Path(self.place(part)["pretrained_model_name_or_path"]) for part in ("text_encoder", "tokenizer")]
+            with fetching(*self.what, local=folders[0] if all(folder.is_dir() for folder in folders) else None):
                 self.encode(new)
 
     def read(self, prompt: str) -> Tensor | None:
@@ -272,6 +274,15 @@ class TextEncoder:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def benchmark_prompts(style: str) -> list[str]:
+    """A style of the HPDv2 benchmark, from its package, which fetches the lists."""
+    if style not in ("photo", "anime", "concept-art", "paintings"):
+        raise UserError(f"--prompts hpdv2:{style}: the styles are photo, anime, concept-art and paintings")
+    with fetching("the HPDv2 benchmark prompts", "1 MB"):
+        import hpsv2
+        return [" ".join(prompt.split()) for prompt in hpsv2.benchmark_prompts(style)]
 
 
 def random_text(base: str, device: torch.device | str) -> Callable[[list[str]], tuple[Tensor, Tensor | None]]:

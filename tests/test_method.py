@@ -398,7 +398,9 @@ def test_both_reward_gradients_agree_at_the_end(flat):
     score, covered, u = r2d3.judge_samples(base, quadratic, x0, batch.prompts, config, seeded(0), gradient=True)
     g, direct = r2d3.reward_gradient(base, quadratic, schedule, batch, null, config, seeded(0))
     pulled, _ = r2d3.reward_gradient(base, quadratic, schedule, batch._replace(uphill=u), null, config, seeded(0))
-    assert close(pulled, g) and close(score, direct) and covered.shape == (4,) and not close(g, u, 1e-3)
+    assert close(pulled, g) and close(score, direct) and not close(g, u, 1e-3)
+    alpha = (x0.flatten(1) @ flat.T)[:, :1] * torch.arange(1, 5)    # the renderer's, per view
+    assert close(covered, alpha.mean(1))
     alone = r2d3.judge_samples(base, quadratic, x0, batch.prompts, config, seeded(0), gradient=False)
     assert torch.equal(alone[0], score) and (alone[2] == 0).all() and not x0.requires_grad
 
