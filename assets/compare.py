@@ -56,6 +56,7 @@ OWN = {"E8": NABLA, "E7": STEP, "draft": DRAFT | {"batch_size": 2, "lr": 2e-4}, 
        "ddpo": DDPO}
 MARKS = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the reward's gradient at the late levels
+CHOOSE_AT = {"aesthetic": 0.2, "hpsv2": 0.01, "dnc": 0.01}     # the gain at which the sweep's settings are compared
 GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02), "dnc": (0.005, 0.01, 0.02)}
 
 ABLATIONS = {
@@ -148,27 +149,27 @@ def label(settings: dict) -> str:
 def chosen(rows: list[dict], reward: str) -> list[tuple[dict, list[int], list[str]]]:
     """Settings that the comparison takes from the sweep, marks around where the sweep says that they get there, and why.
 
-    Of every kind, at every other of GAINS: the setting that loses least alignment, and the one that takes fewest evaluations,
-    of those that gain a tenth more at some mark; where none does, the one that gains most.
+    Of every kind: the setting that loses least alignment at a gain of CHOOSE_AT, and the one that takes fewest evaluations
+    to it, of those that gain a tenth more at some mark; where none does, the one that gains most.
     """
     found = {}
     for name in METHODS:
         paths = [path for path in sweeps(rows).get(reward, []) if kind(path[0]["settings"]) == name]
-        for gain in GAINS[reward][1::2]:
-            able = [path for path in paths if reached(path, 1.1 * gain, "judged") is not None]   # with a margin for seeds
-            if able:
-                picks = {"least lost": max(able, key=lambda path: reached(path, gain, "alignment")),
-                         "fewest evaluations": min(able, key=lambda path: reached(path, gain, "judged"))}
-            else:
-                paths.sort(key=lambda path: max(row["reward"]["change"] for row in path))
-                picks = {"most gained": path for path in paths[-1:]}
-            for why, path in picks.items():
-                settings = {name: value for name, value in path[0]["settings"].items() if name != "seed"}
-                cost = reached(path, gain, "judged") or path[-1]["mark"]
-                _, marks, reasons = found.setdefault(json.dumps(settings, sort_keys=True), (settings, set(), []))
-                marks.update(mark for mark in MARKS if cost / 2.1 <= mark <= 3 * cost)
-                reasons.append(f"{why} at {gain:+g}")
-    return [(settings, sorted(marks), reasons) for settings, marks, reasons in found.values()]
+        gain = CHOOSE_AT[reward]
+        able = [path for path in paths if reached(path, 1.1 * gain, "judged") is not None]       # with a margin for seeds
+        if able:
+            picks = {"least lost": max(able, key=lambda path: reached(path, gain, "alignment")),
+                     "fewest evaluations": min(able, key=lambda path: reached(path, gain, "judged"))}
+        else:
+            paths.sort(key=lambda path: max(row["reward"]["change"] for row in path))
+            picks = {"most gained": path for path in paths[-1:]}
+        for why, path in picks.items():
+            settings = {name: value for name, value in path[0]["settings"].items() if name != "seed"}
+            cost = reached(path, gain, "judged") or path[-1]["mark"]
+            late = max(mark for mark in MARKS if mark <= 4 * cost)      # has it settled, or does it run on?
+            marks = [mark for mark in MARKS if cost / 2.1 <= mark <= 2.1 * cost or mark == late]
+            found.setdefault(json.dumps(settings, sort_keys=True), (settings, marks, []))[2].append(why)
+    return [*found.values()]
 
 
 def trials(experiment: str, reward: str, seeds: list[int], quick: bool, rows: Path) -> list[tuple[str, dict, list[int]]]:
@@ -386,8 +387,7 @@ def tables(rows: list[dict]) -> str:
                 if judged is not None:
                     cells = [f"{sum(of) / len(of):.0f}" for of in (judged, at_equal_reward(marks, gain, "train_seconds"))]
                     cells += [number(at_equal_reward(marks, gain, metric)) for metric in others]
-                reasons = [reason.split(" at ")[0] for reason in why.get(name, []) if reason.endswith(f" {gain:+g}")]
-                lines.append([f"{gain:+g}", name, ", ".join(reasons), *cells])
+                lines.append([f"{gain:+g}", name, ", ".join(why.get(name, [])), *cells])
         text += table(f"{reward}: at equal reward",
                       ["gained", "method", "of the sweep", "evaluations", "seconds", *names[1:]], lines)
         lines = [[name, *(f"{sum(row[key] for row in group) / len(group):.0f}" for key in ("judged", "updates")),
@@ -436,7 +436,7 @@ def sweeps(rows: list[dict]) -> dict[str, list[list[dict]]]:
 def plot(rows: list[dict], reward: str, path: Path) -> None:
     """Gain against evaluations and against what it cost: means over seeds with 95% intervals.
 
-    Solid: what of the sweep lost least at the last gain of the choice (or gained most); dashed: what took fewest evaluations.
+    Solid: what of the sweep lost least, or gained most; dashed: what took fewest evaluations.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -445,19 +445,17 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
     figure = Figure(figsize=(14, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     panels, found = figure.subplots(1, 4, sharey=True), curves(rows, reward)
-    why = {label(settings): (kind(settings), [reason for reason in reasons if reason.endswith(f"{GAINS[reward][1::2][-1]:+g}")])
-           for settings, _, reasons in chosen(rows, reward)}
-    for name, (method, reasons) in why.items():
-        if name not in found or not reasons:
+    for settings, _, why in chosen(rows, reward):
+        name, method, dashed = label(settings), kind(settings), why[0].startswith("fewest")
+        if name not in found:
             continue
-        dashed = reasons[0].startswith("fewest")
         for axes, (key, (_, sign)) in zip(panels, costs.items()):
             drawn = [(*spread([sign * (row[key] if key == "judged" else row[key]["change"]) for row in group]),
                       *spread([row["reward"]["change"] for row in group])) for group in found[name].values()]
             x, x_half, gain, half = zip(*drawn)
             axes.errorbar(x, gain, xerr=None if key == "judged" else x_half, yerr=half, color=METHODS[method][1],
                           marker=METHODS[method][2], markersize=5, linewidth=2, linestyle="--" if dashed else "-",
-                          elinewidth=0.6, label=f"{name} ({'fewest evaluations' if dashed else reasons[0].split(' at ')[0]})")
+                          elinewidth=0.6, label=f"{name} ({', '.join(why)})")
     for axes, (key, (title, _)) in zip(panels, costs.items()):
         axes.set(xlabel=title)
         if key == "judged":
