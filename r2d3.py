@@ -154,8 +154,8 @@ class Config:
 
 PRESETS = {  # by base; under "" for all, then by reward and by method (the later wins)
     "shapes": {  # chosen from assets/results/compare.jsonl
-        "": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 4, "lr": 2.5e-4, "matching": "eps",
-             "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 4000.0, "lam": 1.0,
+        "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
+             "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 1000.0, "lam": 1.0,
              "views": 2, "view_size": 48, "eval_size": 64, "min_quantile": 0.0, "ddpo_clip": 1e-2,
              "micro_batch": 16, "last_step": "always"},
         "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},

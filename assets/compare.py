@@ -47,11 +47,12 @@ ROWS, WORK = ROOT / "assets/results/compare.jsonl", ROOT / "runs/compare"
 # Settings that are not named here are r2d3.py's defaults for the embedded base, as far as they are not in START.
 START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25, "reward_at": "step"}
 STEP = START | {"method": "nabla"}                              # the reward is asked at every trained step (E7)
-NABLA = STEP | {"reward_at": "sample", "batch_size": 2, "lr": 2.5e-4, "updates_per_epoch": 4, "beta": 4000.0}  # once (E8)
+NABLA = STEP | {"reward_at": "sample"}                          # once per object (E8): the default
+NIMBLE = NABLA | {"batch_size": 2, "lr": 2.5e-4, "updates_per_epoch": 4, "beta": 4000.0}
 DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
 REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
 DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
-# What a label leaves out: the defaults of r2d3.py (of E7: what it was before E8).
+# What a label leaves out: the defaults of r2d3.py; of E7 the same but for the place where the reward is asked.
 OWN = {"E8": NABLA, "E7": STEP, "draft": DRAFT | {"batch_size": 2, "lr": 2e-4}, "refl": REFL | {"batch_size": 1, "lr": 2e-4},
        "ddpo": DDPO}
 MARKS = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
@@ -79,14 +80,13 @@ ABLATIONS = {
     "four views": {"views": 4},
     "reward gradient at every level": {"skip_below": 0.0},
     "only levels 10 to 18 trained": {"skip_below": 0.0, "train_from": 0.5, "last_step": "never"},
-    "2 updates per epoch": {"updates_per_epoch": 2},
-    "8 updates per epoch": {"updates_per_epoch": 8},
-    "batch 8, 16 updates per epoch (staler rollouts)": {"batch_size": 8, "updates_per_epoch": 16},
+    "4 updates per epoch": {"updates_per_epoch": 4},
+    "48 objects and updates per epoch (staler rollouts)": {"batch_size": 48, "updates_per_epoch": 48},
     "each gradient used twice": {"updates_per_gradient": 2},
     "guidance 1 in training": {"guidance": 1.0},
     "guidance 4 in training": {"guidance": 4.0},
-    "beta / 4": {"beta": 1000.0},
-    "beta x 3": {"beta": 12000.0},
+    "beta 300": {"beta": 300.0},
+    "beta 3000": {"beta": 3000.0},
 }
 
 STEP_SPEEDS = ((16, 1e-3, 16), (8, 2e-3, 8), (4, 2e-3, 8), (4, 3e-3, 4))        # batch, lr, updates per epoch
@@ -100,9 +100,9 @@ TUNE = [     # 27 settings of every method (of DDPO 18), seed 0
     *((STEP | {"batch_size": 4, "lr": lr, "updates_per_epoch": 8, "beta": beta, "skip_below": share}, SMALL)
       for share, beta, lr in ((0.6, 1000.0, 2e-3), (0.6, 2000.0, 2e-3), (0.6, 3000.0, 3e-3),
                               (0.8, 1000.0, 2e-3), (0.8, 2000.0, 2e-3), (0.8, 3000.0, 3e-3))),
-    *((NABLA | {"lr": lr, "beta": beta}, DENSE[2:9]) for lr in (1e-3, 5e-4) for beta in (2000.0, 4000.0)),
-    *((NABLA | change, DENSE[2:9]) for change in ({"lr": 1e-3, "lam": 10.0}, {"lr": 1e-3, "fraction": 1.0}, {})),
-    *((NABLA | {"batch_size": 4, "updates_per_epoch": 8, "lr": lr}, DENSE[2:10]) for lr in (5e-4, 2.5e-4)),
+    *((NIMBLE | {"lr": lr, "beta": beta}, DENSE[2:9]) for lr in (1e-3, 5e-4) for beta in (2000.0, 4000.0)),
+    *((NIMBLE | change, DENSE[2:9]) for change in ({"lr": 1e-3, "lam": 10.0}, {"lr": 1e-3, "fraction": 1.0}, {})),
+    *((NIMBLE | {"batch_size": 4, "updates_per_epoch": 8, "lr": lr}, DENSE[2:10]) for lr in (5e-4, 2.5e-4)),
     *((start | {"batch_size": batch, "lr": lr}, [16, 32, 64, 128] if batch * 1e-3 / lr > 2 else SMALL[:4])
       for start in (DRAFT, REFL) for batch in (4, 8, 16) for lr in (1e-3, 2e-3, 3e-3)),
     *((start | {"batch_size": batch, "lr": lr}, SMALL[:4])
@@ -126,7 +126,7 @@ TUNE = [     # 27 settings of every method (of DDPO 18), seed 0
 ]
 TUNE_OTHERS = [     # six settings of every method that has a gradient, for the other rewards
     *((STEP | {"beta": beta}, [128, 256]) for beta in (300.0, 1000.0, 3000.0)),
-    *((NABLA | {"beta": beta}, [32, 64]) for beta in (1000.0, 4000.0, 12000.0)),
+    *((NIMBLE | {"beta": beta}, [32, 64]) for beta in (1000.0, 4000.0, 12000.0)),
     *((start | {"lr": lr}, [64, 128]) for start in (DRAFT, REFL) for lr in (1e-4, 3e-4, 1e-3)),
     *((start | {"batch_size": batch, "lr": lr}, [32, 64]) for start in (DRAFT, REFL)
       for batch, lr in ((2, 1e-4), (2, 3e-4), (4, 5e-4))),
@@ -142,17 +142,19 @@ def kind(settings: dict) -> str:
 
 def label(settings: dict) -> str:
     """What a trial is called: its kind, and what is not as OWN has it."""
-    own = OWN[kind(settings)]
-    return ", ".join([METHODS[kind(settings)][0], *changes(settings, own | {"beta": own["beta"] * BETA[settings["reward"]]})])
+    return ", ".join([METHODS[kind(settings)][0], *changes(settings, scaled(OWN[kind(settings)], settings["reward"]))])
 
 
 def chosen(rows: list[dict], reward: str) -> list[tuple[dict, list[int], list[str]]]:
-    """Settings that the comparison takes from the sweep, marks around where the sweep says that they get there, and why.
+    """Settings that the comparison takes, marks around where the sweep says that they get there, and why.
 
-    Of every kind: the setting that loses least alignment at a gain of CHOOSE_AT, and the one that takes fewest evaluations
-    to it, of those that gain a tenth more at some mark; where none does, the one that gains most.
+    The defaults, E8 and E7; and from the sweep of every kind the setting that loses least alignment at a gain of CHOOSE_AT
+    and the one that takes fewest evaluations to it, of those that gain a tenth more; where none does, the one that gains most.
     """
     found = {}
+    for name, marks in {"E8": [16, 32, 64, 96], "E7": [32, 64, 128, 256]}.items() if reward in sweeps(rows) else ():
+        settings = scaled(OWN[name], reward)
+        found[json.dumps(settings, sort_keys=True)] = settings, marks, ["the default" if name == "E8" else "as the default"]
     for name in METHODS:
         paths = [path for path in sweeps(rows).get(reward, []) if kind(path[0]["settings"]) == name]
         gain = CHOOSE_AT[reward]
@@ -172,11 +174,12 @@ def chosen(rows: list[dict], reward: str) -> list[tuple[dict, list[int], list[st
     return [*found.values()]
 
 
+def scaled(settings: dict, reward: str) -> dict:
+    return {"reward": reward} | settings | {"beta": settings["beta"] * BETA[reward]}
+
+
 def trials(experiment: str, reward: str, seeds: list[int], quick: bool, rows: Path) -> list[tuple[str, dict, list[int]]]:
     """Name, settings and marks of every trial."""
-    def scaled(settings: dict) -> dict:
-        return {"reward": reward} | settings | {"beta": settings["beta"] * BETA[reward]}
-
     if experiment == "compare":
         sweep = read(rows)
         picked = chosen(sweep if reward in sweeps(sweep) else read(ROWS), reward)
@@ -185,9 +188,9 @@ def trials(experiment: str, reward: str, seeds: list[int], quick: bool, rows: Pa
             picked = [(settings, [mark for mark in marks if mark <= 128], why) for settings, marks, why in picked]
         return [(label(settings), settings | {"seed": seed}, marks) for seed in seeds for settings, marks, _ in picked]
     if experiment == "tune":
-        return [(label(scaled(settings)), scaled(settings) | {"seed": 0}, marks)
+        return [(label(scaled(settings, reward)), scaled(settings, reward) | {"seed": 0}, marks)
                 for settings, marks in (TUNE if reward == "aesthetic" else TUNE_OTHERS)]
-    return [(name, scaled(NABLA | change) | {"seed": 0}, [64, 192] if "reward_at" in change else [64])
+    return [(name, scaled(NABLA | change, reward) | {"seed": 0}, [96, 256] if "reward_at" in change else [96])
             for name, change in ABLATIONS.items()]
 
 

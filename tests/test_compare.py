@@ -110,10 +110,10 @@ def test_the_sweep_chooses_what_is_compared():
     }.items() for mark, gain, lost in path]
     rows += [made("-", 0, 30, 0.05 * n, -0.01, method="ddpo", lr=n * 1e-4) | {"experiment": "tune"} for n in (1, 2)]
     found = {settings["lr"] if settings["method"] == "nabla" else settings["method"]: (marks, reasons)
-             for settings, marks, reasons in compare.chosen(rows, "aesthetic")}
+             for settings, marks, reasons in compare.chosen(rows, "aesthetic")[2:]}     # after the two defaults
     assert {name: reasons for name, (_, reasons) in found.items()} == {
         1e-4: ["least lost"], 2e-4: ["fewest evaluations"], "ddpo": ["most gained"]}
-    assert found[2e-4][0] == [12, 16, 24, 32, 48, 64]           # it takes about 21 evaluations to a gain of 0.2
+    assert found[2e-4][0] == [12, 16, 24, 32, 64]               # around 21 evaluations, and one late mark
     trial = made("-", 0, 20, 0.1, -0.01, lr=2e-4)
     other = made("-", 0, 20, 0.1, -0.01, lr=9e-4)               # an earlier trial that the sweep did not choose
     assert [*compare.curves([*rows, trial, other], "aesthetic")] == [compare.label(trial["settings"])]
