@@ -124,12 +124,9 @@ TUNE = [     # 27 settings of every method (of DDPO 18), seed 0
         {"lr": 3e-3}, {"lr": 3e-3, "ddpo_clip": 0.1}, {"lr": 3e-4}, {"ddpo_clip": 1e-4}, {"batch_size": 32},
         {"updates_per_epoch": 8})),
 ]
-TUNE_OTHERS = [     # six settings of every method that has a gradient, for the other rewards
+TUNE_OTHERS = [     # three settings of every method that has a gradient, for the other rewards
     *((STEP | {"beta": beta}, [128, 256]) for beta in (300.0, 1000.0, 3000.0)),
-    *((NIMBLE | {"beta": beta}, [32, 64]) for beta in (1000.0, 4000.0, 12000.0)),
     *((start | {"lr": lr}, [64, 128]) for start in (DRAFT, REFL) for lr in (1e-4, 3e-4, 1e-3)),
-    *((start | {"batch_size": batch, "lr": lr}, [32, 64]) for start in (DRAFT, REFL)
-      for batch, lr in ((2, 1e-4), (2, 3e-4), (4, 5e-4))),
 ]
 
 
