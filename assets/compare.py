@@ -302,7 +302,8 @@ def append(rows: Path, row: dict) -> None:
 
 
 def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
-    """The comparison's rows by name and mark, one per seed; only what the sweep chose, if there is a sweep."""
+    """The comparison's rows by name and mark, one per seed; only what the sweep chose, if there is a sweep, and only marks
+    that all of its seeds have."""
     wanted = [label(settings) for settings, *_ in chosen(rows, reward)]
     found = {name: {} for name in wanted}
     for row in rows:
@@ -310,7 +311,9 @@ def curves(rows: list[dict], reward: str) -> dict[str, dict[int, list[dict]]]:
             name = label(row["settings"])
             if name in wanted or not wanted:
                 found.setdefault(name, {}).setdefault(row["mark"], []).append(row)
-    return {name: dict(sorted(marks.items())) for name, marks in found.items() if marks}
+    seeds = {name: max(map(len, marks.values()), default=0) for name, marks in found.items()}
+    return {name: {mark: group for mark, group in sorted(marks.items()) if len(group) == seeds[name]}
+            for name, marks in found.items() if marks}
 
 
 def reached(path: list[dict], gain: float, metric: str) -> float | None:

@@ -115,6 +115,8 @@ def test_the_sweep_chooses_what_is_compared():
         1e-4: ["least lost"], 2e-4: ["fewest evaluations"], "ddpo": ["most gained"]}
     assert found[2e-4][0] == [12, 16, 24, 32, 64]               # around 21 evaluations, and one late mark
     trial = made("-", 0, 20, 0.1, -0.01, lr=2e-4)
+    more = [trial, trial | {"settings": trial["settings"] | {"seed": 1}}, trial | {"mark": 30}]
+    assert [[*marks] for marks in compare.curves([*rows, *more], "aesthetic").values()] == [[20]]     # of 30 a seed lacks
     other = made("-", 0, 20, 0.1, -0.01, lr=9e-4)               # an earlier trial that the sweep did not choose
     assert [*compare.curves([*rows, trial, other], "aesthetic")] == [compare.label(trial["settings"])]
 
@@ -127,12 +129,12 @@ def test_one_object_has_no_diversity():
 def test_the_committed_rows_are_the_claim(tmp_path):
     """Three seeds of each method, every setting once, and the README's tables are made from them."""
     rows = compare.read(compare.ROWS)
-    keys = [json.dumps([row[name] for name in ("settings", "mark", "samples_per_prompt", "prompts")], sort_keys=True)
+    keys = [json.dumps([row[name] for name in ("experiment", "settings", "mark", "samples_per_prompt", "prompts")], sort_keys=True)
             for row in rows]
     assert len(set(keys)) == len(keys)
     for seed in range(3):                                       # every trial of the comparison is there, to its last mark
         for name, settings, marks in compare.trials("compare", "aesthetic", [seed], False, compare.ROWS):
-            found = [row["mark"] for row in rows if row["settings"] == settings and row["samples_per_prompt"] == 2]
+            found = [row["mark"] for row in rows if row["experiment"] == "compare" and row["settings"] == settings]
             assert {*marks} <= {*found}, name
     assert set(compare.ABLATIONS) <= {row["name"] for row in rows if row["experiment"] == "ablate"}
     for reward in compare.BETA:                                 # every trial of the sweep is there
