@@ -1,6 +1,6 @@
 """The paper's comparison: nabla-R2D3, ReFL, DRaFT and DDPO from the same start, judged as they go.
 
-    python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: an hour on two cores
+    python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: 1.4 core-hours
     python assets/compare.py --reward aesthetic --quick         # one seed, a short budget: minutes; rows of its own
     python assets/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
     python assets/compare.py --table                            # tables of all rows there are, and the plots
@@ -12,7 +12,8 @@ process is making is skipped: the command can be given twice at once (with OMP_N
 
 All trials of a seed draw their prompts from the same permutations (an epoch takes as many of one as its batch has), and
 all measurements have the same noise and views. The comparison and the ablations are measured on the unseen prompts; the
-sweep ("tune") trains on three quarters of the training prompts and is measured on the others.
+sweep ("tune") trains on three quarters of the training prompts and is measured on the others; what is compared is
+picked from its rows by `chosen`.
 """
 
 import argparse
@@ -437,9 +438,9 @@ def sweeps(rows: list[dict]) -> dict[str, list[list[dict]]]:
 
 
 def plot(rows: list[dict], reward: str, path: Path) -> None:
-    """Gain against evaluations and against what it cost: means over seeds with 95% intervals.
+    """Gain against evaluations and against what it cost: means over seeds, 95% intervals of the gain in the first panel.
 
-    Solid: what of the sweep lost least, or gained most; dashed: what took fewest evaluations.
+    Dotted: the defaults; solid: what of the sweep lost least, or gained most; dashed: what took fewest evaluations.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -449,22 +450,20 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     panels, found = figure.subplots(1, 4, sharey=True), curves(rows, reward)
     for settings, _, why in chosen(rows, reward):
-        name, method, dashed = label(settings), kind(settings), why[0].startswith("fewest")
+        name, method, line = label(settings), kind(settings), {"fewest evaluations": "--", "least lost": "-", "most gained": "-"}
         if name not in found:
             continue
         for axes, (key, (_, sign)) in zip(panels, costs.items()):
-            drawn = [(*spread([sign * (row[key] if key == "judged" else row[key]["change"]) for row in group]),
+            drawn = [(spread([sign * (row[key] if key == "judged" else row[key]["change"]) for row in group])[0],
                       *spread([row["reward"]["change"] for row in group])) for group in found[name].values()]
-            x, x_half, gain, half = zip(*drawn)
-            axes.errorbar(x, gain, xerr=None if key == "judged" else x_half, yerr=half, color=METHODS[method][1],
-                          marker=METHODS[method][2], markersize=5, linewidth=2, linestyle="--" if dashed else "-",
-                          elinewidth=0.6, label=f"{name} ({', '.join(why)})")
+            x, gain, half = zip(*drawn)
+            axes.errorbar(x, gain, yerr=half if key == "judged" else None, color=METHODS[method][1], elinewidth=0.7,
+                          marker=METHODS[method][2], markersize=5, linewidth=2, linestyle=line.get(why[0], ":"),
+                          label=f"{name} ({', '.join(why)})")
     for axes, (key, (title, _)) in zip(panels, costs.items()):
         axes.set(xlabel=title)
-        if key == "judged":
-            axes.set(xscale="log")
-        elif key != "diversity" and reward == "aesthetic":
-            axes.set(xscale="log", xlim=(1e-3, None))
+        if reward == "aesthetic":                               # else nothing is gained, and some costs are below zero
+            axes.set(ylim=(0, None), xscale="linear" if key == "diversity" else "log")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9, handlelength=5)
@@ -502,7 +501,8 @@ def main() -> None:
     parser.add_argument("--reward", default="aesthetic", choices=list(BETA), help="of the embedded base")
     parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["compare", "tune", "ablate"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
-    parser.add_argument("--quick", action="store_true", help="one seed, up to about 128 evaluations, one object per prompt")
+    parser.add_argument("--quick", action="store_true",
+                        help="one seed, one setting of every kind, up to about 128 evaluations, one object per prompt")
     parser.add_argument("--only", help="only trials whose name holds this word")
     parser.add_argument("--rows", type=Path, help="the file of the rows; default assets/results/compare.jsonl, "
                                                   "or runs/compare/quick.jsonl")
