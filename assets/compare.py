@@ -1,7 +1,7 @@
 """The paper's comparison: nabla-R2D3, ReFL, DRaFT and DDPO from the same start, judged as they go.
 
     python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: 1.4 core-hours
-    python assets/compare.py --reward aesthetic --quick         # one seed, a short budget: minutes; rows of its own
+    python assets/compare.py --reward aesthetic --quick         # one seed, a short budget: 6 minutes; rows of its own
     python assets/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
     python assets/compare.py --table                            # tables of all rows there are, and the plots
 
