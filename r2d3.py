@@ -205,8 +205,8 @@ def resolve(config: Config) -> Config:
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
     may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
                    "draft_noises", "skip_below", "min_quantile"}
-    at_most = {"fraction": 1, "steps": 500, "lora_rank": 1024, "seed": 2**62, "train_from": 0.9, "skip_below": 1,
-               "draft_steps": 1 if config.draft_noises else config.steps, "min_quantile": 0.9}
+    at_most = {"steps": 500, "lora_rank": 1024, "seed": 2**62, "train_from": 0.9, "skip_below": 1,
+               "draft_steps": 1 if config.draft_noises else config.steps, "min_quantile": 0.9, "fraction": 1}
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
             continue
