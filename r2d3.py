@@ -21,7 +21,7 @@ mathematics"). The file reads from top to bottom; every section says what it nee
     1 constants and words    5 NoiseSchedule     9 the loss          13 command line
     2 Config                 6 bases            10 the baselines
     3 cameras                7 rewards          11 train
-    4 Gaussians              8 rollout          12 evaluate     (assets/: what is not the method)
+    4 Gaussians              8 rollout          12 evaluate     (support/: what is not the method)
 
 Run it:   python r2d3.py --reward aesthetic                        # minutes on two CPU cores, no download
           python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
@@ -56,9 +56,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from assets import (UserError, cache_folder, fetching, load_weights, metrics, published, report, scorers,
+from support import (UserError, cache_folder, fetching, load_weights, metrics, published, report, scorers,
                     shapes, to_bytes, write_atomic)
-from assets.metrics import Features, Measurement
+from support.metrics import Features, Measurement
 from kernels import Render, gradient_matching, rasterize
 
 # -----------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class Config:
 
 
 PRESETS = {  # by base; under "" for all, then by reward and by method (the later wins)
-    "shapes": {  # chosen from assets/results/compare.jsonl
+    "shapes": {  # chosen from experiments/results/compare.jsonl
         "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
              "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 1000.0, "lam": 1.0,
              "views": 2, "view_size": 48, "eval_size": 64, "min_quantile": 0.0, "ddpo_clip": 1e-2,
@@ -556,7 +556,7 @@ class DiffSplat:
 def load_base(config: Config, device: torch.device | str) -> DiffSplat:
     """The base that `config.base` names, frozen, on `device`. `shapes` has judges too: .tower, .normals."""
     if config.base == "shapes":
-        path = Path(config.weights or HERE / "assets/shapes.safetensors")
+        path = Path(config.weights or HERE / "support/shapes.safetensors")
         parts, tower, normals = shapes.load(path, device)
     else:
         parts = published.load(config.base, config.weights, device, config.precision)
@@ -1276,7 +1276,7 @@ def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, pro
     if not config.min_quantile:
         return prompts
     from tqdm import tqdm
-    weights = Path(config.weights or HERE / "assets/shapes.safetensors")
+    weights = Path(config.weights or HERE / "support/shapes.safetensors")
     files = {weights, *weights.rglob("*"), *map(Path, re.findall(r"[^,=\s][^,=]*\.py(?=:)", config.reward))}
     stamps = sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
     what = [getattr(config, name) for name in SCORED_WITH] + [prompts, world, stamps]
@@ -1349,7 +1349,7 @@ def train(config: Config) -> dict:
         print(report.plan(about, world, len(pick_steps(config, seeded(0))), len(prompts), len(test_prompts),
                           state and state["epoch"]))
         write_atomic(out / "config.json", json.dumps(about, indent=1))
-        for name in () if state else ("r2d3.py", "kernels/*.py", "assets/*.py"):
+        for name in () if state else ("r2d3.py", "kernels/*.py", "support/*.py"):
             for source in HERE.glob(name):
                 write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import published, scorers  # noqa: E402
+from support import published, scorers  # noqa: E402
 from r2d3 import Cond, Config, NoiseSchedule, seeded  # noqa: E402
 
 BASES = {"diffsplat-pixart": "gsdiff_gobj83k_pas_fp16__render/checkpoints/013020/transformer_ema",

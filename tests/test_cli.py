@@ -137,7 +137,7 @@ def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
     code, text = run(monkeypatch, capsys, "--prompts", "latin.txt")
     assert code == 2 and "not UTF-8" in text
 
-    whole = (ROOT / "assets/shapes.safetensors").read_bytes()
+    whole = (ROOT / "support/shapes.safetensors").read_bytes()
     for name, content in {"truncated": whole[:100_000], "header only": whole[:4], "nothing": b""}.items():
         (tmp_path / "weights.safetensors").write_bytes(content)
         code, text = run(monkeypatch, capsys, "--weights", "weights.safetensors")
@@ -166,7 +166,7 @@ def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
 def test_weights_of_another_network_are_refused(monkeypatch, capsys, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
-    with safe_open(ROOT / "assets/shapes.safetensors", "pt") as file:
+    with safe_open(ROOT / "support/shapes.safetensors", "pt") as file:
         state, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     state["net.proj_out.bias"] = state["net.proj_out.bias"][:-1].clone()
     save_file(state, tmp_path / "shape.safetensors", about)

@@ -1,4 +1,4 @@
-"""assets/compare.py: trials go on where they stopped, tables say what the rows say, and the README says what the tables say."""
+"""experiments/compare.py: trials go on where they stopped, tables say what the rows say, and the README says what the tables say."""
 import fcntl
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "assets"))
+sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT))
 
 import compare  # noqa: E402
@@ -154,8 +154,8 @@ def test_the_committed_rows_are_the_claim(tmp_path):
 
 
 def test_the_first_table_is_the_committed_run():
-    """assets/results/default.json is the summary.json of the README's first command."""
-    summary = json.loads((ROOT / "assets/results/default.json").read_text())
+    """experiments/results/default.json is the summary.json of the README's first command."""
+    summary = json.loads((ROOT / "experiments/results/default.json").read_text())
     names = {"reward": "**reward: colourfulness**", "alignment": "alignment: image-text cosine", "retrieved": "retrieval R@1",
              "coverage": "alpha coverage", "dnc": "geometry: depth-normal consistency", "diversity": "diversity",
              "fid_to_base": "FID to the base"}

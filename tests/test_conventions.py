@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import scorers  # noqa: E402
+from support import scorers  # noqa: E402
 from r2d3 import Gaussians, Render, seeded  # noqa: E402
 
 VIEWS = torch.tensor([0.0, 90.0, 180.0, 270.0])

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import metrics  # noqa: E402
+from support import metrics  # noqa: E402
 from r2d3 import Cond, Gaussians, NoiseSchedule, Render, Transitions, seeded  # noqa: E402
 
 SAMPLERS = [(sampler, steps) for sampler in ("dpm", "ddim") for steps in (1, 2, 5, 20, 50)]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import scorers  # noqa: E402
+from support import scorers  # noqa: E402
 from r2d3 import Config, Gaussians, Render, seeded  # noqa: E402
 
 PROMPTS = ["a photo of a red toy robot", "An astronaut, riding a horse; 3D render!"]  # of tests/data/hpsv2

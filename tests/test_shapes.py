@@ -11,13 +11,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "assets"))
+sys.path.insert(0, str(ROOT / "experiments"))
 
 import make_shapes  # noqa: E402
 
 import r2d3  # noqa: E402
 
-ASSET = ROOT / "assets/shapes.safetensors"
+ASSET = ROOT / "support/shapes.safetensors"
 TRAIN, TEST = ((ROOT / f"prompts/shapes_{name}.txt").read_text().splitlines() for name in ("train", "test"))
 
 
@@ -106,7 +106,7 @@ def test_samples_are_what_the_prompts_say(base):
 
 
 def test_the_script_makes_a_base_and_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, str(ROOT / "assets/make_shapes.py"), "--quick", "--work", str(tmp_path), "--out",
+    command = [sys.executable, str(ROOT / "experiments/make_shapes.py"), "--quick", "--work", str(tmp_path), "--out",
                str(tmp_path / "shapes.safetensors")]
     first = subprocess.run([*command, "--until", "judges"], capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0 and not (tmp_path / "shapes.safetensors").exists(), first.stderr[-2000:]

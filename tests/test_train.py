@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from assets import metrics  # noqa: E402
+from support import metrics  # noqa: E402
 
 TINY = r2d3.Config(epochs=2, batch_size=4, steps=6, views=2, view_size=24, eval_size=32, samples_per_prompt=1,
                    updates_per_epoch=2, eval_batch=8, lr=1e-3)

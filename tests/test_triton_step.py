@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 STEP = """
 import torch
-from assets import shapes
+from support import shapes
 import r2d3
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 

@@ -1,13 +1,12 @@
-"""What r2d3.py needs around the method, each file to be read and copied on its own:
+"""What r2d3.py stands on and what is not the method. These files import kernels at most, never r2d3:
 
-    shapes.py     the embedded base: its networks, how its file is read     (made by make_shapes.py)
-    published.py  DiffSplat's published checkpoints and text encoders
+    shapes.py     the embedded base: its networks and how its file is read (experiments/make_shapes.py makes it)
+    published.py  the published bases: where they are, how they are read, their text encoders
     scorers.py    the published 2D models that judge pictures
     metrics.py    what evaluations measure
-    report.py     the page that a run leaves
-    compare.py    the comparison of methods, its sweeps and ablations (rows in results/)
+    report.py     the page and the pictures that a run leaves
 
-and in this file what all of them share: errors that people can mend, files that are never half written.
+This file holds what all of them share: errors that people can mend, and files that are never half written.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The paper's comparison: nabla-R2D3, ReFL, DRaFT and DDPO from the same start, judged as they go.
 
-    python assets/compare.py --reward aesthetic                 # four methods, 3 seeds: 1.4 core-hours
-    python assets/compare.py --reward aesthetic --quick         # one seed, a short budget: 6 minutes; rows of its own
-    python assets/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
-    python assets/compare.py --table                            # tables of all rows there are, and the plots
+    python experiments/compare.py --reward aesthetic                 # four methods, 3 seeds: 1.4 core-hours
+    python experiments/compare.py --reward aesthetic --quick         # one seed, a short budget: 6 minutes; rows of its own
+    python experiments/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
+    python experiments/compare.py --table                            # tables of all rows there are, and the plots
 
 A trial is one fine-tuning. Its cost is counted in objects whose reward the update uses ("evaluations"; each in `views`
-pictures), and at every mark on that count the model is measured: one row of assets/results/compare.jsonl. What is there
+pictures), and at every mark on that count the model is measured: one row of experiments/results/compare.jsonl. What is there
 already is not made again; --rows FILE begins anew. An interrupted trial goes on from its last mark, and what another
 process is making is skipped: the command can be given twice at once (with OMP_NUM_THREADS=1 each).
 
@@ -37,13 +37,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3
-from assets import metrics
+from support import metrics
 
 METHODS = {"E8": ("nabla-R2D3, E8", "C0", "o"), "E7": ("nabla-R2D3, E7", "C9", "D"), "draft": ("DRaFT", "C1", "s"),
            "refl": ("ReFL", "C2", "^"), "ddpo": ("DDPO", "C7", "x")}      # see kind()
 METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "coverage": "coverage", "dnc": "dnc",
            "diversity": "diversity", "fid_to_base": "FID to the base"}
-ROWS, WORK = ROOT / "assets/results/compare.jsonl", ROOT / "runs/compare"
+ROWS, WORK = ROOT / "experiments/results/compare.jsonl", ROOT / "runs/compare"
 
 # Settings that are not named here are r2d3.py's defaults for the embedded base, as far as they are not in START.
 START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25, "reward_at": "step"}
@@ -215,7 +215,7 @@ class World:
         self.before, self.reference = (self.measure_base(seed, work) for seed in (0, 1))
 
     def measure_base(self, seed: int, work: Path) -> metrics.Measurement:
-        weights = hashlib.sha256((r2d3.HERE / "assets/shapes.safetensors").read_bytes()).hexdigest()
+        weights = hashlib.sha256((r2d3.HERE / "support/shapes.safetensors").read_bytes()).hexdigest()
         what = (self.config, self.test_prompts, metrics.Measurement._fields, weights)
         path = work / f"base-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}-{seed}.pt"
         if path.is_file():
@@ -504,7 +504,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true",
                         help="one seed, one setting of every kind, up to about 128 evaluations, one object per prompt")
     parser.add_argument("--only", help="only trials whose name holds this word")
-    parser.add_argument("--rows", type=Path, help="the file of the rows; default assets/results/compare.jsonl, "
+    parser.add_argument("--rows", type=Path, help="the file of the rows; default experiments/results/compare.jsonl, "
                                                   "or runs/compare/quick.jsonl")
     parser.add_argument("--table", action="store_true", help="print tables and draw plots of the rows there are, and stop")
     args = parser.parse_args()

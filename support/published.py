@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from assets import UserError, cache_folder, fetching, load_weights, write_atomic
+from support import UserError, cache_folder, fetching, load_weights, write_atomic
 
 REPO = "chenguolin/DiffSplat"
 VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,

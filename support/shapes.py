@@ -1,4 +1,4 @@
-"""The embedded base `shapes`: its text encoder, its two judges, and how assets/shapes.safetensors is read.
+"""The embedded base `shapes`: its text encoder, its two judges, and how support/shapes.safetensors is read.
 
 Its denoiser and its autoencoder are stock diffusers networks at toy size. Trained by make_shapes.py.
 """
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from assets import UserError, load_weights
+from support import UserError, load_weights
 
 
 class WordTable(nn.Module):
@@ -105,7 +105,7 @@ def load(path: Path, device: torch.device | str) -> tuple[dict, ImageTextTower, 
     from diffusers import AutoencoderKL, PixArtTransformer2DModel
     state, about = load_weights(path)
     if '"vocab"' not in about.get("config", ""):
-        raise UserError(f"{path} does not hold the base 'shapes': it was not made by assets/make_shapes.py")
+        raise UserError(f"{path} does not hold the base 'shapes': it was not made by experiments/make_shapes.py")
     about = json.loads(about["config"])
 
     def part(name: str, module: nn.Module) -> nn.Module:

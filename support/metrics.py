@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from assets import fetching
+from support import fetching
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
            "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from assets import UserError, to_bytes
-from assets.metrics import titles
+from support import UserError, to_bytes
+from support.metrics import titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%} table{border-collapse:collapse} pre{background:#f5f5f5;padding:1rem;overflow-x:auto}

@@ -1,7 +1,7 @@
 """Make the embedded base `shapes` from nothing: data, autoencoder, judges, denoiser, measured quality.
 
-    python assets/make_shapes.py                                    # hours on two cores; stops and goes on at will
-    python assets/make_shapes.py --quick                            # a smoke test, in runs/quick_shapes
+    python experiments/make_shapes.py                                    # hours on two cores; stops and goes on at will
+    python experiments/make_shapes.py --quick                            # a smoke test, in runs/quick_shapes
 
 Every stage leaves its result in the work folder and is skipped when that is there, so a stopped run goes on where it
 was (training goes on from a checkpoint that is at most two minutes old). Stages:
@@ -10,7 +10,7 @@ was (training goes on from a checkpoint that is at most two minutes old). Stages
     ae        the 12-channel autoencoder (diffusers AutoencoderKL), one view at a time
     judges    the image-text tower and the normal estimator, trained on renders of the same splats
     denoiser  the text-to-3D diffusion model (diffusers PixArtTransformer2DModel with multi-view attention), EMA
-    quality   60 unseen prompts x 4 samples, named by the tower; the picture assets/shapes.png
+    quality   60 unseen prompts x 4 samples, named by the tower; the picture experiments/results/shapes.png
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3  # noqa: E402
-from assets import report, shapes  # noqa: E402
+from support import report, shapes  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
 SCALE_RANGE, DEPTH_SCALE = (0.002, 0.05), 0.5
@@ -609,18 +609,18 @@ def write_asset(path: Path, base: r2d3.DiffSplat, text: torch.nn.Module, quality
     except OSError:                                                                                # no git here
         commit = "unknown"
     r2d3.write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),
-                                         "source": f"assets/make_shapes.py at commit {commit}"}))
+                                         "source": f"experiments/make_shapes.py at commit {commit}"}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, help="where the stages leave their results; runs/make_shapes")
-    parser.add_argument("--out", type=Path, help="the file to make; assets/shapes.safetensors")
+    parser.add_argument("--out", type=Path, help="the file to make; support/shapes.safetensors")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: tests the script, not the model")
     parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this stage")
     args = parser.parse_args()
     args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
-    args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "assets/shapes.safetensors")
+    args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "support/shapes.safetensors")
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": 1, "prompts": 4} if args.quick else
             {"data": 3600, "held_out": 200, "ae": 9000, "pictures": 4, "tower": 4000, "normal": 2500, "latents": 8,
@@ -645,7 +645,8 @@ def main() -> None:
                               [prompt for prompt in prompts for _ in range(size["samples"])])
     write_asset(args.out, base, module["text"], quality)
     pictures = sample_pictures(base, prompts, base.guidance, 112)[:, 0]
-    r2d3.write_atomic(args.out.with_suffix(".png"), report.png(report.labelled(pictures, prompts, columns=10)))
+    picture = args.out if args.quick else ROOT / "experiments/results/shapes"
+    r2d3.write_atomic(picture.with_suffix(".png"), report.png(report.labelled(pictures, prompts, columns=10)))
     print(json.dumps(quality, indent=1))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
