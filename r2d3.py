@@ -1,31 +1,57 @@
 """r2d3: align text-to-3D diffusion models with rewards that only see 2D renders.
 
-This is the method of "Nabla-R2D3: Effective and Efficient 3D Diffusion Alignment with 2D Rewards"
-(NeurIPS 2025, arXiv 2506.15684). A 3D-native diffusion model denoises the latent of an object; a reward
-judges pictures of it. The method moves the score of every denoising step by a scaled gradient of the reward,
-which samples from (prior x reward) instead of climbing the reward alone, and so keeps the prior's diversity:
+This is the method of "Nabla-R2D3: Effective and Efficient 3D Diffusion Alignment with 2D Rewards" (NeurIPS
+2025, arXiv 2506.15684) in one file, to be read from top to bottom and copied from.
+
+1. What this is
+---------------
+A 3D-native diffusion model denoises the latent of an object; a reward judges pictures of the object.
+Sampling from the product of the two, p(x) proportional to p_base(x) exp(beta R(x)), gives objects that the
+reward likes and that the base model could have made. The method gets there by moving the score of every
+denoising step by a scaled gradient of the reward, instead of climbing the reward alone, which would forget
+the prior:
 
     for every epoch:
-        draw prompts and sample trajectories x_T .. x_0 with the current model                (rollout; E1-E3)
-        pick some steps t -> s of every trajectory                                          (pick_transitions)
+        draw prompts and sample trajectories x_T .. x_0 with the current model                  (rollout)
+        pick some steps t -> s of every trajectory                                     (pick_transitions)
         for every update, for the transitions (x_t, x_s) of its share:
-            x0  = one-step estimate of the clean latent from x_s                               (E1)
-            g   = gradient of reward(render(decode(x0), random cameras)) with respect to x_s   (E7)
-                  (or of the reward linearised at the trajectory's end: asked once per object) (E8)
-            res = -k (eps_theta(x_t) - eps_ref(x_t)) - beta w(s) g                             (E6)
-            descend mean |res|^2 + lambda |eps_theta - eps_old|^2 in the LoRA weights          (E4, E5)
+            g   = gradient of the reward at x_s, through decoder and renderer           (reward_gradient)
+            res = how far the score is from the base's score + beta w(s) g                   (nabla_loss)
+            descend mean |res|^2 + lambda |eps_theta - eps_old|^2 in the LoRA weights
 
-`eps_ref` is the same network with its LoRA switched off. The numbers E1-E8 are explained in the README ("The
-mathematics"). The file reads from top to bottom; every section says what it needs, so that it can be lifted:
+The equations. alpha and sigma are the noise schedule, t and s the noise levels at a step's two ends, and
+h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t). eps_theta is the network with its LoRA, eps_ref the same
+network with the LoRA switched off, eps_old what eps_theta predicted during the rollout.
 
-    1 constants and words    5 NoiseSchedule     9 the loss          13 command line
-    2 Config                 6 bases            10 the baselines
-    3 cameras                7 rewards          11 train
-    4 Gaussians              8 rollout          12 evaluate     (support/: what is not the method)
+    x0(x_t)  = (x_t - sigma_t eps) / alpha_t                one-step estimate of the clean latent       (E1)
+    mean     = (sigma_s / sigma_t) e^-h x_t + c0 x0(x_t)    a step of the sampler: x_s ~ N(mean, std^2) (E2)
+    std      = sigma_s sqrt(1 - e^-2h)                      c0 = alpha_s (1 - e^-2h)                    (E3)
+    L_match  = mean | grad log p_theta(x_s|x_t) - grad log p_ref(x_s|x_t) - beta w(s) g |^2             (E4)
+    L_reg    = lambda mean | eps_theta(x_t) - eps_old |^2                                               (E5)
+    residual = -k_t (eps_theta - eps_ref) - beta w(s) g     inside E4, where x_s and x_t cancel;        (E6)
+                                                            k_t = c0 sigma_t / (alpha_t std^2)
+    g        = grad_{x_s} R(x0(x_s))                        estimator "step": as published              (E7)
+    g        = grad_{x_s} < x0(x_s), u >                    estimator "sample": u = grad R(x_0) is      (E8)
+                                                            asked for once per object
 
-Run it:   python r2d3.py --reward aesthetic                        # minutes on two CPU cores, no download
-          python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
-          python r2d3.py evaluate --run runs/shapes-aesthetic-seed0
+R is the reward of decoded, rendered latents, averaged over cameras; w(s) is a weight per noise level. So the
+loss is a weighted regression of eps_theta to eps_ref - (beta w / k) g, and the method is a page long.
+
+The file's sections, each of which says what it needs, so that it can be lifted out:
+
+    2 Config           5 NoiseSchedule     8 rollout           11 train
+    3 cameras          6 bases             9 the loss          12 evaluate
+    4 Gaussians        7 rewards          10 the baselines     13 command line
+
+kernels/ holds the two operators that the time goes into, support/ what is not the method (files, published
+networks, metrics, pages). To copy the loss alone, take NoiseSchedule, reward_gradient, match_weights,
+nabla_loss, predict_both, guide, per_sample and kernels/matching.py; the README shows it on twenty lines of
+somebody else's code.
+
+    python r2d3.py --reward aesthetic             # minutes on two CPU cores, no weights are downloaded
+    python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
+    python r2d3.py evaluate --run runs/shapes-aesthetic-seed0
+    torchrun --nproc-per-node 4 r2d3.py --reward hpsv2 --base diffsplat-pixart
 """
 
 from __future__ import annotations
@@ -33,8 +59,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
-import io
 import json
 import math
 import os
@@ -43,12 +67,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-if __name__ == "__main__":      # else idle threads spin, which costs a factor of four on a busy machine
+if __name__ == "__main__":      # Threads that wait should sleep: spinning ones slow a busy machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -56,30 +79,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import (UserError, cache_folder, fetching, load_weights, metrics, published, report, scorers,
-                    shapes, to_bytes, write_atomic)
-from support.metrics import Features, Measurement
 from kernels import Render, gradient_matching, rasterize
+from support import (UserError, cli, fetching, metrics, published, report, run, scorers, shapes,
+                     to_bytes, write_atomic)
+from support.metrics import Features, Measurement
+from support.run import load_lora, load_prompts, phase
 
-# -----------------------------------------------------------------------------------------------------------
-# 1. Constants and words
 # Letters in shapes: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T steps of
 # the sampler, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's
-# grid: step i goes from grid point i (noise level t) to grid point i + 1 (level s).
-# -----------------------------------------------------------------------------------------------------------
+# grid: step i goes from grid point i (noise level t) to grid point i + 1 (noise level s).
 
 HERE = Path(__file__).resolve().parent
-FXFY = 1422.222 / 1024     # focal length in image widths: a field of view of 39.6 degrees (DiffSplat)
-RADIUS = 1.4               # distance of the cameras from the origin (DiffSplat)
-ELEVATION = 10.0           # degrees above the horizon (DiffSplat)
-IMAGE_NOISE = 2e-3         # Gaussian noise on images before the reward (Nabla-R2D3's released code)
-SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
 
 
 # -----------------------------------------------------------------------------------------------------------
 # 2. Config
-# Every setting of a run; the command line is made from it, and it is saved with the run. A default of None
-# means "by base and reward", see PRESETS: the paper's values for its bases, measured ones for `shapes`.
+# Every setting of a run. The command line and --help are made from this text: a comment of the form
+# "[commands] heading" begins a group, and what stands behind a field is its help. A default of None means "by
+# base, recipe and reward", see PRESETS.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -87,114 +104,141 @@ SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (c
 class Config:
     """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
 
-    reward: str = "aesthetic"  # aesthetic, hpsv2, normal, dnc, file.py:function, a sum: aesthetic=1,dnc=0.3
-    scorer: Literal["auto", "embedded", "laion", "hps-v2.1", "hps-v2.0", "marigold"] = "auto"  # auto: by base
-    checkpoint_scorer: bool = False  # a published scorer's activations are computed twice, to save memory
-    normal_gradient: bool = False  # of normal, also through the estimator (paper: the estimate is detached)
-    angle_mask: bool = False  # normal and dnc only count where the surface is seen at less than 60 degrees
-    base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15"] = "shapes"  # shapes: nothing is downloaded
-    weights: str | None = None  # a folder like DiffSplat's repo, or random: untrained (of shapes only a file)
-    precision: Literal["bf16", "float32"] = "bf16"  # of a diffsplat denoiser on a GPU; its LoRA is float32
-    checkpoint_net: bool = False  # the denoiser's activations are computed twice, to save memory
-    prompts: str | None = None  # a file, one a line; a prompt; hpdv2:photo; None: shapes or objects_train.txt
-    min_quantile: float | None = None  # leave out the share where the base is worst; None: by base and reward
-    test_prompts: str | None = None  # never trained on, to measure; None: shapes_test.txt or objects_test.txt
-    out: str | None = None  # folder to write to; None: runs/<base>-<reward>-seed<seed>
-    run: str | None = None  # for sample and evaluate: the run whose LoRA to use; None: the base as it is
-    lora: str | None = None  # for sample and evaluate: another LoRA, our lora/ or the authors' .safetensors
-    resume: bool = False  # go on from the last checkpoint of the run (with more epochs: train longer)
+    # [train sample evaluate cost] The model
+    base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15"] = "shapes"  # the 3D diffusion model; shapes
+    #   is embedded in this repository, the others are downloaded once
+    weights: str | None = None  # a folder laid out like the published repository; for shapes a file; "random"
+    #   builds the full-size network untrained, to measure what it costs
+    precision: Literal["bf16", "float32"] = "bf16"  # of a published base's frozen denoiser on a GPU
+    checkpoint: bool = False  # save memory: compute the activations of denoiser and scorers twice
+    device: str | None = None  # cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu
+    backend: Literal["torch", "triton"] | None = None  # of the kernels; by default triton on a GPU
     seed: int = 0  # everything random in a run follows from it
-    device: str | None = None  # cpu, cuda, cuda:1, mps; None: cuda where there is one, else cpu
-    dry_run: bool = False  # one epoch, nothing saved: parameters, seconds by phase, memory; less on a CPU
-    backend: Literal["torch", "triton"] | None = None  # of the kernels; None: triton on a GPU
+    # [train sample evaluate cost] Sampling
+    sampler: Literal["dpm", "ddim"] | None = None  # dpm is first-order SDE-DPM-Solver++, ddim is DDIM with
+    #   eta 1
+    steps: int | None = None  # steps of the sampler
+    guidance: float | None = None  # scale of classifier-free guidance, in sampling, loss and reward gradient
+    # [train sample cost] Prompts
+    prompts: str | None = None  # what to train on or to make: a text file with one prompt a line, a prompt,
+    #   or a style of the HPDv2 benchmark, such as hpdv2:photo
+    # [train evaluate cost] The reward
+    reward: str = "aesthetic"  # aesthetic, hpsv2, normal, dnc; a scorer by name: laion, hps-v2.1, hps-v2.0,
+    #   marigold, colorfulness; your own, my_file.py:my_function; or a weighted sum, aesthetic=1,dnc=0.3
+    # [train cost] How the reward sees objects during training
+    views: int | None = None  # pictures per object and evaluation of the reward
+    view_size: int | None = None  # side of such a picture in pixels
+    elevation_jitter: float = 20.0  # cameras are raised or lowered by up to this many degrees (half-width)
+    azimuth_jitter: float = 60.0  # cameras are turned by up to this many degrees either way (half-width)
+    # [train cost] Training
+    method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or one of the paper's baselines
+    recipe: Literal["paper", "fast"] | None = None  # paper: estimator, matching, branch, weights as
+    #   published; fast: what works best on shapes. Options given beside it win. By default fast for shapes,
+    #   else paper
+    batch_size: int | None = None  # objects sampled per epoch and process
+    updates_per_epoch: int | None = None  # optimiser steps, among which an epoch's transitions are divided
+    micro_batch: int | None = None  # transitions in one forward and backward pass: less takes less memory
+    lr: float | None = None  # learning rate of AdamW
+    lora_rank: int | None = None  # rank of the LoRA, whose scale is 1
+    draft_steps: int = 1  # K of the baseline DRaFT-K, sampler steps that carry a gradient; 0 is DRaFT-LV
+    # [train cost] The loss of nabla-R2D3
+    beta: float | None = None  # the dial: strength of the reward against the prior (E4)
+    reg_weight: float | None = None  # lambda (E5): how strongly an epoch's updates are held to its rollout
+    estimator: Literal["step", "sample", "identity"] | None = None  # of the reward gradient: asked at every
+    #   trained step (E7), once per object and pulled back through the network (E8), or used as it is
+    matching: Literal["score", "kl", "eps", "v"] | None = None  # in which space the residual is measured:
+    #   score is E4 as published; the others weigh noise levels more evenly
+    branch: Literal["guided", "conditional"] | None = None  # which prediction is matched
+    time_weight: Literal["squared", "linear", "none"] | None = None  # w(s): alpha_s squared, alpha_s, or 1
+    fraction: float = 0.4  # share of each trajectory's steps that is trained
+    last_step: Literal["always", "stratified", "never"] | None = None  # is the sampler's last step trained
+    skip_below: float | None = None  # no reward gradient at levels whose target weight is below this share of
+    #   the largest; they are still held to the base
+    min_quantile: float | None = None  # leave out this share of the training prompts, where the base scores
+    #   worst
+    # [train] The run
+    epochs: int | None = None  # rounds of sampling and updating
+    resume: bool = False  # go on from the last checkpoint in --out; with more --epochs, train longer
+    # [train evaluate] What is measured
+    test_prompts: str | None = None  # prompts that are never trained on, given like --prompts
+    eval_prompts: int | None = None  # measure on only so many of them, the first
+    # [train sample evaluate] Making objects
+    out: str | None = None  # folder to write to; by default runs/BASE-REWARD-seedSEED, or inside the --run
+    samples_per_prompt: int | None = None  # objects per prompt; by default 4, for evaluate 32
+    eval_batch: int = 60  # objects sampled at once outside of training: less takes less memory
+    # [sample evaluate] A fine-tuned model
+    run: str | None = None  # a run's folder, whose settings and LoRA are used; or a LoRA file or folder
 
-    epochs: int | None = None  # passes of sampling and training; None: by base
-    batch_size: int | None = None  # objects sampled per epoch and process; None: by base
-    updates_per_epoch: int | None = None  # optimiser steps, which share an epoch's transitions; None: by base
-    updates_per_gradient: int = 1  # an epoch's transitions are gone through so often (paper: 1)
-    micro_batch: int | None = None  # transitions in one forward and backward pass: memory; None: by base
-    lr: float | None = None  # learning rate of AdamW; None: by base
-    weight_decay: float = 1e-4  # of AdamW (paper)
-    max_grad_norm: float = 1.0  # the gradient of all LoRA weights is clipped to this norm (paper)
-    lora_rank: int = 8  # rank of the LoRA, whose scale is 1 (paper)
 
-    sampler: Literal["dpm", "ddim"] = "dpm"  # sde-dpmsolver++ of order 1 (paper), or DDIM with eta = 1
-    steps: int = 20  # sampler steps (paper)
-    guidance: float | None = None  # classifier-free guidance of sampling, loss, reward; None: the base's own
-    beta: float | None = None  # strength of the reward against the prior (E4); None: by base and reward
-    lam: float | None = None  # lambda, the pull to the rollout's predictions (E5); None: by base and reward
-    matching: Literal["eps", "score"] | None = None  # score: E4 (paper); eps: divided by k; None: by base
-    branch: Literal["guided", "conditional"] | None = None  # what is matched (paper: guided); None: by base
-    last_step: Literal["always", "stratified", "never"] | None = None  # trained? None: by base; paper: always
-    fraction: float = 0.4  # share of every trajectory's steps that is trained (paper)
-    time_weight: Literal["squared", "linear", "none"] = "squared"  # w(s): alpha_s^2 (paper), alpha_s, 1
-    train_from: float = 0.0  # where the trained steps begin: 0.5 leaves out the noisier half (paper: 0)
-    stratify: bool = True  # draw the trained steps evenly over time (paper); else uniformly at random
-    skip_below: float | None = None  # steps weighted below this share of the largest do without g; paper: 0
-    reward_at: Literal["step", "sample"] | None = None  # each step (E7, paper), or once (E8); None: by base
-    jacobian: bool = True  # reward gradient (E7) through the network (paper); else eps counts as constant
-    clip_reward_grad: float | None = None  # largest L2 norm of an object's reward gradient; None: any (paper)
+# What a recipe sets; the paper's lambda depends on the reward, see `resolve`.
+RECIPES = {
+    "paper": {"estimator": "step", "matching": "score", "branch": "guided", "time_weight": "squared",
+              "last_step": "always", "skip_below": 0.0},
+    "fast": {"estimator": "sample", "matching": "eps", "branch": "conditional", "time_weight": "squared",
+             "last_step": "always", "skip_below": 0.25, "reg_weight": 1.0},
+}
+PAPER_REG_WEIGHT = {"aesthetic": 3e3, "laion": 3e3,
+                    "hpsv2": 5e3, "hps-v2.1": 5e3, "hps-v2.0": 5e3}     # geometry rewards: 1e4
 
-    method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or a baseline of its paper
-    draft_steps: int = 1  # DRaFT-K's K: sampler steps that the gradient goes through
-    draft_noises: int = 0  # DRaFT-LV: one step from so many renoised copies of the sample; 0: DRaFT-K
-    ddpo_clip: float | None = None  # DDPO: how far the likelihood ratio may leave 1; None: by base
-
-    views: int | None = None  # pictures per object for the reward (paper: 4); None: by base
-    view_size: int | None = None  # pixels of such a picture's side; None: by base
-    eval_size: int | None = None  # pixels of a picture's side in evaluations; None: by base
-    elevation_range: float = 20.0  # degrees of random elevation of the reward's cameras, around 10 (paper)
-    azimuth_range: float = 60.0  # degrees of their random azimuth, around evenly spaced views (paper)
-    samples_per_prompt: int | None = None  # objects per prompt; None: 32 for evaluate (paper), else 4
-    eval_prompts: int | None = None  # measure on so many of the test prompts only, the first; None: on all
-    eval_batch: int = 60  # objects sampled at once in an evaluation
-    base_only: bool = False  # evaluate: the base without a LoRA (with --run: in the settings of that run)
-    row: str | None = None  # evaluate: a .jsonl file that the result is appended to, as one line
-
-
-PRESETS = {  # by base; under "" for all, then by reward and by method (the later wins)
-    "shapes": {  # chosen from experiments/results/compare.jsonl
-        "": {"epochs": 6, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "matching": "eps",
-             "branch": "conditional", "reward_at": "sample", "skip_below": 0.25, "beta": 1000.0, "lam": 1.0,
-             "views": 2, "view_size": 48, "eval_size": 64, "min_quantile": 0.0, "ddpo_clip": 1e-2,
-             "micro_batch": 16, "last_step": "always"},
+# The paper's settings for its bases. Its text gives two values of beta for the aesthetic reward (2e6 in the
+# released code and in an ablation, 1e7 in one sentence); 2e6 is taken.
+PAPER = {
+    "": {"recipe": "paper", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 100, "batch_size": 16,
+         "updates_per_epoch": 4, "micro_batch": 2, "lr": 1e-4, "beta": 1e6, "views": 4, "view_size": 512,
+         "min_quantile": 0.0},
+    "aesthetic": {"beta": 2e6}, "laion": {"beta": 2e6},
+    "hpsv2": {"beta": 1e7}, "hps-v2.1": {"beta": 1e7}, "hps-v2.0": {"beta": 1e7},
+    "normal": {"min_quantile": 0.2}, "marigold": {"min_quantile": 0.2}, "dnc": {"min_quantile": 0.2},
+}
+# By base; what stands under "" holds always, then come the recipe's settings and those by reward and by
+# method.
+PRESETS = {
+    "shapes": {     # chosen from experiments/results/compare.jsonl
+        "": {"recipe": "fast", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 6, "batch_size": 16,
+             "updates_per_epoch": 16, "micro_batch": 16, "lr": 1e-3, "beta": 1000.0, "views": 2,
+             "view_size": 48, "min_quantile": 0.0},
         "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},
         "draft": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 1, "lr": 2e-4},
         "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-3, "last_step": "never"},
     },
-    "paper": {  # the paper's, for its bases
-        "": {"epochs": 100, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-4, "matching": "score",
-             "branch": "guided", "reward_at": "step", "skip_below": 0.0, "beta": 1e6, "lam": 1e4,
-             "views": 4, "view_size": 512, "eval_size": 512, "min_quantile": 0.0, "ddpo_clip": 1e-4,
-             "micro_batch": 2, "last_step": "always"},
-        "aesthetic": {"beta": 2e6, "lam": 3e3},
-        "hpsv2": {"beta": 1e7, "lam": 5e3},
-        "normal": {"min_quantile": 0.2},
-        "dnc": {"min_quantile": 0.2},
-    },
+    "diffsplat-pixart": PAPER | {"": PAPER[""] | {"lora_rank": 16}},
+    "diffsplat-sd15": PAPER | {"": PAPER[""] | {"sampler": "ddim"}},
 }
+WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0     # of AdamW, and of all LoRA gradients together (paper)
+DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; else 1e-4
 
 
-def resolve(config: Config) -> Config:
-    """A new Config with the defaults that depend on base and reward filled in; refuses what cannot work."""
-    presets = PRESETS.get(config.base, PRESETS["paper"])
+def resolve(config: Config, command: str = "train") -> Config:
+    """A new Config with the defaults that depend on base, recipe and reward filled in.
+
+    Raises UserError for settings that cannot work. The guidance stays None if it is the base's own.
+    """
+    presets = PRESETS.get(config.base, PRESETS["shapes"])       # for a base of the caller's own, too
     rewards = [part.split("=")[0].strip() for part in config.reward.split(",")]
-    usual = presets[""] | presets.get(rewards[0], {}) | presets.get(config.method, {})
-    usual["min_quantile"] = max(presets.get(reward, {}).get("min_quantile", 0.0) for reward in rewards)
-    name = "-".join(Path(reward.split(":")[0]).stem for reward in rewards)
+    defaults = presets[""] | presets.get(rewards[0], {})
+    recipe = config.recipe or defaults["recipe"]
+    defaults |= {"reg_weight": PAPER_REG_WEIGHT.get(rewards[0], 1e4)} | RECIPES[recipe]
+    defaults |= presets.get(config.method, {}) | {"recipe": recipe}
+    defaults["min_quantile"] = max(presets.get(reward, {}).get("min_quantile", 0.0) for reward in rewards)
+    rewards = "-".join(Path(reward.split(":")[0]).stem for reward in rewards)
+    method = "" if config.method == "nabla" else f"-{config.method}"
     kind = "shapes" if config.base == "shapes" else "objects"
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    usual |= {"prompts": str(HERE / f"prompts/{kind}_train.txt"),
-              "test_prompts": str(HERE / f"prompts/{kind}_test.txt"),
-              "samples_per_prompt": 4, "device": gpu if torch.cuda.is_available() else "cpu",
-              "out": f"runs/{config.base}-{name}{'' if config.method == 'nabla' else '-' + config.method}"
-                     f"-seed{config.seed}"}
-    filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
-    for name in ("prompts", "test_prompts", "weights"):         # a run's files are found from any folder
-        path = filled.get(name, getattr(config, name))
-        if path and path != "random" and (os.path.isfile(path) or os.path.isdir(path) and name == "weights"):
-            filled[name] = str(Path(path).resolve())
-    config = dataclasses.replace(config, **filled)
+    defaults |= {"prompts": str(HERE / f"prompts/{kind}_train.txt"),
+                 "test_prompts": str(HERE / f"prompts/{kind}_test.txt"),
+                 "samples_per_prompt": 32 if command == "evaluate" else 4,
+                 "device": gpu if torch.cuda.is_available() else "cpu",
+                 "out": f"runs/{config.base}-{rewards}{method}-seed{config.seed}"}
+    config = dataclasses.replace(config, **{name: value for name, value in defaults.items()
+                                            if getattr(config, name) is None})
+    config = dataclasses.replace(config, **{name: run.absolute(getattr(config, name))
+                                            for name in ("prompts", "test_prompts", "weights")})
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise UserError if a setting is out of range, or if the settings leave nothing to train."""
     try:
         torch.empty(0, device=config.device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -203,23 +247,14 @@ def resolve(config: Config) -> Config:
     on_cpu = torch.device(config.device).type == "cpu"
     if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
-    may_be_zero = {"lam", "weight_decay", "elevation_range", "azimuth_range", "seed", "train_from",
-                   "draft_noises", "skip_below", "min_quantile"}
-    at_most = {"steps": 500, "lora_rank": 1024, "seed": 2**62, "train_from": 0.9, "skip_below": 1,
-               "draft_steps": 1 if config.draft_noises else config.steps, "min_quantile": 0.9, "fraction": 1}
-    for name, value in dataclasses.asdict(config).items():
-        if type(value) not in (int, float):
-            continue
-        if not (value >= 0 if name in may_be_zero else value > 0):
-            wanted = "must not be negative" if name in may_be_zero else "must be above zero"
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it {wanted}")
-        if not value <= at_most.get(name, 1e30):
-            raise UserError(f"--{name.replace('_', '-')} is {value}; at most {at_most.get(name, 1e30)} works")
-    if min(config.view_size, config.eval_size) < 8:
-        raise UserError("--view-size and --eval-size must be at least 8 pixels")
-    if not pick_steps(config, seeded(0)):
-        raise UserError("nothing to train; use more --steps, a lower --train-from, another --last-step")
-    return config
+    cli.check_ranges(dataclasses.asdict(config),
+                     may_be_zero={"reg_weight", "elevation_jitter", "azimuth_jitter", "seed", "skip_below",
+                                  "min_quantile", "draft_steps"},
+                     at_most={"steps": 500, "lora_rank": 1024, "seed": 2**62, "skip_below": 1, "fraction": 1,
+                              "min_quantile": 0.9, "elevation_jitter": 80, "azimuth_jitter": 180,
+                              "draft_steps": config.steps})
+    if config.view_size < 8:
+        raise UserError("--view-size must be at least 8 pixels")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -228,6 +263,10 @@ def resolve(config: Config) -> Config:
 # matrices are camera-to-world, intrinsics fx fy cx cy are divided by the image size.
 # Needs: nothing. Follows: DiffSplat's src/utils/geo_util.py, checked against its recorded output.
 # -----------------------------------------------------------------------------------------------------------
+
+FXFY = 1422.222 / 1024     # focal length in image widths: a field of view of 39.6 degrees (DiffSplat)
+RADIUS = 1.4               # distance of the cameras from the origin (DiffSplat)
+ELEVATION = 10.0           # degrees above the horizon (DiffSplat)
 
 
 def orbit(elevation: Tensor | float, azimuth: Tensor | float, radius: Tensor | float = RADIUS) -> Tensor:
@@ -258,18 +297,19 @@ def input_cameras(num_objects: int, device: torch.device | str = "cpu") -> tuple
     return c2w.to(device), intrinsics(num_objects, 4).to(device)
 
 
-def sample_cameras(num_objects: int, views: int, elevation_range: float, azimuth_range: float,
-                   generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The views of the reward: evenly spaced azimuths, one random offset and elevation per object.
+def sample_cameras(num_objects: int, views: int, elevation_jitter: float, azimuth_jitter: float,
+                   generator: torch.Generator, elevation: float = ELEVATION,
+                   radius: float = RADIUS) -> tuple[Tensor, Tensor]:
+    """The views of the reward: evenly spaced azimuths, one random elevation and azimuth offset per object.
 
-    Ranges are full widths in degrees, centred on azimuth offset 0 and on ELEVATION. With fewer than four
-    views the first one starts at a random quarter turn, so that every side is seen in turn.
-    Returns c2w (B, V, 4, 4), fxfycxcy (B, V, 4).
+    The offsets are uniform within plus or minus `elevation_jitter` degrees around `elevation`, and plus or
+    minus `azimuth_jitter` degrees. With fewer than four views the first one starts at a random quarter turn,
+    so that every side is seen in turn. Returns c2w (B, V, 4, 4), fxfycxcy (B, V, 4).
     """
-    u = torch.rand(num_objects, 2, generator=generator) - 0.5
+    u = 2 * torch.rand(num_objects, 2, generator=generator) - 1
     quarter = torch.randint(4, (num_objects, 1), generator=generator) if views < 4 else 0
-    azimuth = 360 / views * torch.arange(views) + 90 * quarter + azimuth_range * u[:, :1]  # (B, V)
-    return orbit(ELEVATION + elevation_range * u[:, 1:], azimuth), intrinsics(num_objects, views)
+    azimuth = 360 / views * torch.arange(views) + 90 * quarter + azimuth_jitter * u[:, :1]  # (B, V)
+    return orbit(elevation + elevation_jitter * u[:, 1:], azimuth, radius), intrinsics(num_objects, views)
 
 
 def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
@@ -295,7 +335,7 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
 
 # -----------------------------------------------------------------------------------------------------------
 # 4. Gaussians
-# Needs: sections 1, 3 and kernels.rasterize.
+# Needs: nothing but kernels.rasterize and support.write_atomic.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +383,7 @@ def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int,
                      size, size, backend=backend)
 
 
+SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
 PLY_FIELDS = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
               "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
 
@@ -442,9 +483,8 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 # -----------------------------------------------------------------------------------------------------------
 # 6. Bases
-# A base is a frozen 3D diffusion model. It offers encode(prompts) -> Cond, predict(x, t, cond) -> eps,
-# decode(x0) -> Gaussians, and: betas, latent_shape, guidance, net (the module that LoRA goes on), device.
-# Needs: sections 3 and 4; the networks are stock diffusers.
+# A base is a frozen 3D diffusion model. `Base` says what it must offer; DiffSplat is one, also at toy size.
+# Needs: sections 3, 4 and 5. The networks are stock diffusers; support/ loads them.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +496,42 @@ class Cond(NamedTuple):
 
     def __getitem__(self, rows) -> Cond:                                            # cond[rows] picks objects
         return Cond(self.embeds[rows], None if self.mask is None else self.mask[rows])
+
+
+class Base(Protocol):
+    """What a 3D diffusion model must offer. Subclass it; what has a value or a body here may stay."""
+
+    net: nn.Module                      # the frozen denoiser: the module that the LoRA goes on
+    lora_targets: list[str]             # the layers of it that get one, by the ends of their names
+    latent_shape: tuple[int, ...]       # of one object
+    guidance: float = 1.0               # default scale of classifier-free guidance
+    device: torch.device = torch.device("cpu")
+    betas: dict = {}                    # arguments of diffusers' schedulers that tell the noise schedule
+    elevation: float = ELEVATION        # degrees, around which the reward's cameras are drawn
+    radius: float = RADIUS              # their distance from the origin, about which objects are centred
+    eval_size: int = 128                # side in pixels of the pictures of an evaluation
+    tower: nn.Module | None = None      # image-text network and normal estimator of the base's own, where the
+    normals: nn.Module | None = None    # published ones would not fit its pictures
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Prompts as `predict` takes them; [""] gives the unconditional half of guidance."""
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The noise in x (B, *latent_shape) at timesteps t (B,), whatever the network predicts; like x."""
+
+    def decode(self, x0: Tensor) -> Gaussians:
+        """Clean latents (B, *latent_shape) as splats; differentiable."""
+
+    def prepare(self, prompts: list[str]) -> None:
+        """Called with all prompts of a run before it begins, to check them and to encode what is slow."""
+
+    def schedule(self, sampler: str, steps: int) -> NoiseSchedule:
+        """The noise levels that the sampler walks."""
+        return NoiseSchedule.from_diffusers(sampler, steps, **self.betas)
+
+    def cameras(self, num_objects: int) -> tuple[Tensor, Tensor]:
+        """The views of an evaluation: c2w (B, 4, 4, 4), fxfycxcy (B, 4, 4)."""
+        return input_cameras(num_objects)
 
 
 class MultiViewAttnProcessor:
@@ -480,7 +556,7 @@ def join_views(net: nn.Module, views: int) -> None:
                             for name, processor in net.attn_processors.items()})
 
 
-class DiffSplat:
+class DiffSplat(Base):
     """DiffSplat: latents of splat grids in four views, denoised by an image network that sees all at once.
 
     `net` predicts from [latent, Pluecker rays] of the four input cameras; `vae` has 12 channels, one splat
@@ -492,14 +568,15 @@ class DiffSplat:
     def __init__(self, net: nn.Module, vae: nn.Module,
                  text: Callable[[list[str]], tuple[Tensor, Tensor | None]], *, image_size: int,
                  prediction_type: str, guidance: float, latent_mean: Tensor, latent_std: Tensor, betas: dict,
-                 scale_range: tuple[float, float], depth_scale: float, half_image_shift: bool,
-                 device: torch.device | str):
+                 scale_range: tuple[float, float], depth_scale: float, half_image_shift: bool, eval_size: int,
+                 lora_targets: list[str], device: torch.device | str):
         self.device = torch.device(device)
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         join_views(self.net, self.views)
         self.text, self.guidance, self.betas, self.image_size = text, guidance, betas, image_size
         self.prediction_type, self.scale_range, self.depth_scale = prediction_type, scale_range, depth_scale
+        self.eval_size, self.lora_targets = eval_size, lora_targets
         channels = vae.config.latent_channels
         size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (self.views, channels, size, size)
@@ -553,67 +630,24 @@ class DiffSplat:
                                        self.fxfycxcy.expand(B, -1, -1), self.scale_range, self.depth_scale)
 
 
-def load_base(config: Config, device: torch.device | str) -> DiffSplat:
-    """The base that `config.base` names, frozen, on `device`. `shapes` has judges too: .tower, .normals."""
+def load_base(config: Config, device: torch.device | str) -> Base:
+    """The base that `config.base` names, frozen. Raises UserError for missing or damaged weights."""
     if config.base == "shapes":
-        path = Path(config.weights or HERE / "support/shapes.safetensors")
-        parts, tower, normals = shapes.load(path, device)
+        file = Path(config.weights or HERE / "support/shapes.safetensors")
+        parts, tower, normals = shapes.load(file, device)
+        base = DiffSplat(**parts, device=device)
+        base.tower, base.normals = tower, normals
     else:
         parts = published.load(config.base, config.weights, device, config.precision)
-        tower = normals = None
-    base = DiffSplat(**parts, device=device)
-    base.tower, base.normals = tower, normals
-    if config.checkpoint_net:
+        base = DiffSplat(**parts, device=device)
+    if config.checkpoint:
         base.net.enable_gradient_checkpointing()
     return base
 
 
-def load_prompts(spec: str) -> list[str]:
-    """A text file with one prompt a line, the prompt itself, or hpdv2:photo, a style of that benchmark."""
-    if not spec.strip():
-        raise UserError("the prompt is empty; write what to make, for example --prompts \"a red cube\"")
-    if spec.startswith("hpdv2:"):
-        return published.benchmark_prompts(spec.removeprefix("hpdv2:"))
-    if os.path.isfile(spec):
-        try:
-            lines = Path(spec).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"the prompt file {spec} is not UTF-8 text; write one prompt a line") from None
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"the prompt file {spec} is empty; write one prompt a line")
-        return prompts
-    one_word = len(spec.split()) == 1                           # "a lamp, black/white, 1.5 m" is a prompt
-    if spec.endswith(".txt") or os.path.isdir(spec) or one_word and (Path(spec).suffix or os.sep in spec):
-        raise UserError(f"there is no prompt file {spec}")
-    return [spec.strip()]
-
-
-def load_lora(net: nn.Module, path: Path) -> nn.Module:
-    """The network with a saved LoRA of scale 1: a run's lora/ folder, or what Nabla-R2D3's code saved."""
-    from peft import set_peft_model_state_dict
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"there is no LoRA in {path}: no adapter_model or pytorch_lora_weights.safetensors")
-    weights = {"base_model.model." + re.sub(r"^(base_model\.model|unet)\.", "", name): value
-               for name, value in load_weights(files[0])[0].items()}
-    down = {name: value for name, value in weights.items() if "lora_A" in name}
-    if not down or {name.replace("lora_A", "lora_B") for name in down} != weights.keys() - down.keys():
-        raise UserError(f"{files[0]} is not a whole LoRA: it needs a lora_A and a lora_B for every layer")
-    try:
-        net = add_lora(net, next(iter(down.values())).shape[0], 0)
-        if unknown := set_peft_model_state_dict(net, weights).unexpected_keys:
-            raise KeyError(f"it has no {unknown[0]}")
-    except (RuntimeError, KeyError, IndexError) as error:
-        raise UserError(f"{files[0]} does not fit this base ({' '.join(str(error).split())[:150]})") from None
-    return net
-
-
-def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
-    """The network with a LoRA of scale 1 on attention, feed-forward and projections (the paper's set)."""
+def add_lora(net: nn.Module, targets: list[str], rank: int, seed: int) -> nn.Module:
+    """The network with a LoRA of scale 1 on the layers whose names end in one of `targets`, made by peft."""
     from peft import LoraConfig, get_peft_model
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj",
-               "linear", "linear_1", "linear_2"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
@@ -624,7 +658,7 @@ def add_lora(net: nn.Module, rank: int, seed: int) -> nn.Module:
 # 7. Rewards
 # A reward is a function of pictures and prompts: reward(render, prompts) -> score (B, V), differentiable with
 # respect to the render. Its gradient is all that the method sees of it.
-# Needs: sections 3 and 4; the published scorers are networks of open_clip and diffusers.
+# Needs: section 3; the published scorers, in support/, are networks of open_clip and diffusers.
 # -----------------------------------------------------------------------------------------------------------
 
 Reward = Callable[[Render, list[str]], Tensor]
@@ -701,25 +735,14 @@ def normal_agreement(estimator: nn.Module, gradient: bool = False, angle_mask: b
     return score
 
 
-# What can measure a reward: the embedded scorer, then the default of the paper's bases, then others.
-SCORERS = {"aesthetic": ("embedded", "laion"), "hpsv2": ("embedded", "hps-v2.1", "hps-v2.0"),
-           "normal": ("embedded", "marigold"), "dnc": ("embedded",)}
-
-
-def load_reward(spec: str, base: DiffSplat, device: torch.device | str,
-                config: Config | None = None) -> Reward:
+def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: bool = False,
+                untrained: bool = False) -> Reward:
     """The reward that `spec` describes: "aesthetic", "aesthetic=1,dnc=0.3", "my_file.py:my_function".
 
-    `config` has the options. The returned function has a `.title` that says which scorer measures it.
+    `checkpoint` saves memory in published scorers, `untrained` gives them random weights. The returned
+    function has a `.title` that says what measures it. Raises UserError for what cannot be loaded or is not a
+    number.
     """
-    config = config or Config()
-    names = {part.partition("=")[0].strip() for part in spec.split(",")}
-    options = {f"--scorer {config.scorer}": [name for name in SCORERS if config.scorer in SCORERS[name][1:]],
-               "--normal-gradient": ["normal"] if config.normal_gradient else [],
-               "--angle-mask": ["normal", "dnc"] if config.angle_mask else []}
-    for option, rewards in options.items():                     # given, but for none of the rewards asked for
-        if rewards and names.isdisjoint(rewards):
-            raise UserError(f"{option} is for {' and '.join(rewards)}, and --reward is {spec}; leave it out")
     terms = []
     for part in spec.split(","):
         name, _, weight = part.partition("=")
@@ -729,71 +752,48 @@ def load_reward(spec: str, base: DiffSplat, device: torch.device | str,
             weight = math.nan
         if not math.isfinite(weight) or weight == 0:
             raise UserError(f"the weight in --reward {part} is not a number or 0; write dnc=0.3, say")
-        terms.append((weight, *load_reward_term(name.strip(), base, device, config)))
+        terms.append((weight, *load_reward_term(name.strip(), base, device, checkpoint, untrained)))
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
-        total = 0
-        for weight, function, title in terms:
-            try:
-                score = function(render, prompts)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise UserError(f"--reward {title} failed: {type(error).__name__}: {error}") from error
-            got, wanted = getattr(score, "shape", type(score).__name__), render.image.shape[:2]
-            if got != wanted:
-                raise UserError(f"--reward {title} returned {got}; wanted (objects, views), here {wanted}")
-            if torch.is_grad_enabled() and render.image.requires_grad and not score.requires_grad:
-                raise UserError(f"--reward {title} cannot be trained: it has no gradient to the pictures")
-            total = total + weight * score
-        return total
+        return sum(weight * run.call_reward(function, title, render, prompts)
+                   for weight, function, title in terms)
 
     reward.title = " + ".join(title if weight == 1 else f"{weight:g} x {title}" for weight, _, title in terms)
     return reward
 
 
-def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
-                     config: Config) -> tuple[Reward, str]:
-    """One reward by name or file.py:function, and its title."""
+def load_reward_term(name: str, base: Base, device: torch.device | str, checkpoint: bool,
+                     untrained: bool) -> tuple[Reward, str]:
+    """One reward by name, by its scorer's name or by file.py:function, and a title: what measures it.
+
+    aesthetic, hpsv2 and normal are measured by the base's own small networks where it has some, else by the
+    published scorers that the paper uses.
+    """
     if ".py:" in name:
-        path, _, function = name.rpartition(":")
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path} for --reward {name}")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-        if not callable(getattr(module, function, None)):
-            raise UserError(f"{path} has no function {function!r}; --reward {name} needs "
-                            f"def {function}(render, prompts) -> scores (objects, views)")
-        return getattr(module, function), name
-    if name not in SCORERS:
-        raise UserError(f"there is no reward {name!r}; there are {', '.join(SCORERS)}, and file.py:function")
-    usual = SCORERS[name][0 if config.base == "shapes" else min(1, len(SCORERS[name]) - 1)]
-    scorer = config.scorer if config.scorer in SCORERS[name] else usual
-    if scorer == "embedded" and name in ("hpsv2", "normal") and getattr(base, "tower", None) is None:
-        raise UserError(f"the embedded scorer of {name} belongs to --base shapes; leave --scorer out")
-    place = device, config.checkpoint_scorer, config.weights == "random"
-    agreement = partial(normal_agreement, gradient=config.normal_gradient, angle_mask=config.angle_mask)
-    about, load = {
-        "aesthetic": ("embedded scorer: colourfulness", lambda: colorfulness),
-        "hpsv2": ("embedded scorer: image-text tower", lambda: tower_agreement(base.tower)),
-        "normal": ("embedded scorer: normal estimator", lambda: agreement(base.normals)),
-        "dnc": ("depth-normal consistency",
-                lambda: partial(depth_normal_consistency, angle_mask=config.angle_mask)),
-        "laion": ("LAION V2, CLIP ViT-L/14", lambda: scorers.LaionAesthetic.pretrained(*place)),
-        "hps-v2.1": ("HPS v2.1, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.1", *place)),
-        "hps-v2.0": ("HPS v2.0, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.0", *place)),
+        return run.load_function(name), name
+    how = {"device": device, "checkpoint": checkpoint, "untrained": untrained}
+    known = {   # name: title, loader, size of its download
+        "colorfulness": ("colourfulness", lambda: colorfulness, None),
+        "dnc": ("depth-normal consistency", lambda: depth_normal_consistency, None),
+        "laion": ("LAION V2, CLIP ViT-L/14", lambda: scorers.LaionAesthetic.pretrained(**how), "1.7 GB"),
+        "hps-v2.1": ("HPS v2.1, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.1", **how), "4 GB"),
+        "hps-v2.0": ("HPS v2.0, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.0", **how), "4 GB"),
         "marigold": ("Marigold v1-1, one step",
-                     lambda: agreement(scorers.MarigoldNormals.pretrained(*place))),
-    }[name if scorer == "embedded" else scorer]
-    about += ", gradient through the estimator" if config.normal_gradient and name == "normal" else ""
-    about += ", random weights" if scorer != "embedded" and config.weights == "random" else ""
-    about += ", angle mask" if config.angle_mask and name in ("normal", "dnc") else ""
-    with fetching(f"the scorer {scorer}", {"laion": "1.7 GB", "marigold": "2.6 GB"}.get(scorer, "4 GB")):
-        return load(), f"{name} ({about})"
+                     lambda: normal_agreement(scorers.MarigoldNormals.pretrained(**how)), "2.6 GB"),
+    }
+    if base.tower is None:
+        known |= {"aesthetic": known["laion"], "hpsv2": known["hps-v2.1"], "normal": known["marigold"]}
+    else:
+        known |= {"aesthetic": ("embedded scorer: colourfulness", lambda: colorfulness, None),
+                  "hpsv2": ("embedded scorer: image-text tower", lambda: tower_agreement(base.tower), None),
+                  "normal": ("embedded scorer: normal estimator",
+                             lambda: normal_agreement(base.normals), None)}
+    if name not in known:
+        raise UserError(f"there is no reward {name!r}; there are {', '.join(sorted(known))}, and "
+                        "file.py:function")
+    title, load, size = known[name]
+    with fetching(f"the scorer {title}", size):
+        return load(), f"{name} ({title}{', random weights' if size and untrained else ''})"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -803,17 +803,16 @@ def load_reward_term(name: str, base: DiffSplat, device: torch.device | str,
 
 
 class Trajectory(NamedTuple):
-    """What sampling leaves for the loss: x (B, T + 1, *latent); and per step (B, T, *latent): eps, the guided
-    prediction that the sampler used, and eps_text, the conditional half of it."""
+    """What sampling leaves for the loss."""
 
-    x: Tensor
-    eps: Tensor
-    eps_text: Tensor
+    x: Tensor           # (B, T + 1, *latent)
+    eps: Tensor         # (B, T, *latent) the guided prediction, which the sampler used
+    eps_text: Tensor    # (B, T, *latent) its conditional half
 
 
-def predict_both(base: DiffSplat, x: Tensor, t: Tensor, cond: Cond, null: Cond,
+def predict_both(base: Base, x: Tensor, t: Tensor, cond: Cond, null: Cond,
                  guidance: float) -> tuple[Tensor | None, Tensor]:
-    """The two halves of classifier-free guidance in one batch; the first is None where guidance is 1."""
+    """The unconditional and the conditional prediction, in one batch; the first is None if guidance is 1."""
     if guidance == 1:
         return None, base.predict(x, t, cond)
     M = len(x)
@@ -827,13 +826,19 @@ def guide(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> Tenso
     return eps_text if eps_uncond is None else eps_uncond + guidance * (eps_text - eps_uncond)
 
 
-def predict_guided(base: DiffSplat, x: Tensor, t: Tensor, cond: Cond, null: Cond, guidance: float) -> Tensor:
+def predict_guided(base: Base, x: Tensor, t: Tensor, cond: Cond, null: Cond, guidance: float) -> Tensor:
     """The prediction that the sampler uses."""
     return guide(*predict_both(base, x, t, cond, null, guidance), guidance)
 
 
+def seeded(*numbers: int | str) -> torch.Generator:
+    """A CPU generator whose stream depends on all of the numbers."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 @torch.no_grad()
-def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
+def rollout(base: Base, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
             generator: torch.Generator, progress: Callable = iter) -> Trajectory:
     """Sample one object per row of `cond`, keeping all that the loss needs. `generator` is a CPU one."""
     B = len(cond.embeds)
@@ -852,76 +857,139 @@ def rollout(base: DiffSplat, schedule: NoiseSchedule, cond: Cond, null: Cond, gu
     return Trajectory(*(torch.stack(steps, 1) for steps in (xs, guided, texts)))
 
 
-def pick_transitions(steps: int, fraction: float, last_step: str | None, generator: torch.Generator,
-                     train_from: float = 0.0, stratify: bool = True) -> list[int]:
+def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator) -> list[int]:
     """The steps of one trajectory to train: the last one as `last_step` says, the rest stratified over time.
 
     The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting
     at a random quarter, so that every noise level is trained about equally often for any number of steps.
     """
     count = max(1, int(steps * fraction + 1e-9))
-    always = [steps - 1] if last_step in ("always", None) else []
+    always = [steps - 1] if last_step == "always" else []
     end = steps if last_step == "stratified" else steps - 1
-    pool = torch.arange(min(round(steps * train_from), end), end)
-    parts = pool.tensor_split(4) if stratify else [pool]
-    parts = [part[torch.randperm(len(part), generator=generator)].tolist() for part in parts]
-    first = int(torch.randint(len(parts), (), generator=generator))
-    turns = [part[n] for n in range(steps) for part in parts[first:] + parts[:first] if n < len(part)]
-    return always + turns[:count - len(always)]
+    quarters = [part[torch.randperm(len(part), generator=generator)].tolist()
+                for part in torch.arange(end).tensor_split(4)]
+    first = int(torch.randint(4, (), generator=generator))
+    in_turn = quarters[first:] + quarters[:first]
+    rest = [quarter[n] for n in range(steps) for quarter in in_turn if n < len(quarter)]
+    return always + rest[:count - len(always)]
 
 
 # -----------------------------------------------------------------------------------------------------------
 # 9. The loss
 # Residual nabla-DB, forward direction (Nabla-R2D3, arXiv 2506.15684; nabla-GFlowNet, arXiv 2412.07775).
 #     code        symbol                                      code          symbol
-#     eps_*       eps_theta, the network with its LoRA        g             gradient of the reward at x_s (E7)
+#     eps_*       eps_theta, the network with its LoRA        g             reward gradient at x_s (E7 or E8)
 #     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
 #     eps_old     what is matched, as the rollout had it      weight        beta w(s)
-# Both scores are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference, and matching the scores
-# is a weighted regression of eps_theta to eps_ref - (beta w / k) g. That is why this page is all there is.
-# Needs: sections 5, 7 and 8, kernels.gradient_matching.
+# Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6).
+# Needs: section 5 and kernels.gradient_matching; the closures `predict` and `value` hide base and reward.
 # -----------------------------------------------------------------------------------------------------------
+
+
+def reward_gradient(predict: Callable[[Tensor, Tensor], Tensor], value: Callable[[Tensor], Tensor],
+                    schedule: NoiseSchedule, x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """g (M, *latent), the gradient of value(x0(x_s)) with respect to x_s, and those values (M,), detached.
+
+    x_s (M, *latent) lies at grid points s (M,). predict(x, t) is the sampler's prediction with the current
+    weights: the gradient goes through it. value(x0) (M,) is the reward (E7), or < x0, u > (E8).
+    """
+    x_s = x_s.detach().requires_grad_()
+    score = value(schedule.x0(x_s, predict(x_s, schedule.t(s)), s))                             # (E1) at s
+    g, = torch.autograd.grad(score.sum(), x_s)                                                  # (E7, E8)
+    return g, score.detach()
+
+
+def match_weights(schedule: NoiseSchedule, i: Tensor, *, beta: float, matching: str,
+                  time_weight: str) -> tuple[Tensor, Tensor]:
+    """k and beta w(s) of the residual (E6) at steps i (M,), multiplied by c / k, where `matching` names c.
+
+    That weighs the noise levels in the loss, and leaves the residual's zero where it is. "score" is E4 as
+    published (c = k), "kl" the Kullback-Leibler divergence of the two steps (c = k std), "eps" and "v"
+    compare the predictions.
+    """
+    k, alpha_s = schedule.k(i), schedule.alpha[i + 1]
+    weight = beta * alpha_s ** {"squared": 2, "linear": 1, "none": 0}[time_weight]
+    c = {"score": k, "kl": k * schedule.step(i)[2], "eps": torch.ones_like(k),
+         "v": 1 / schedule.alpha[i]}[matching]
+    return c, c * weight / k
+
+
+def nabla_loss(predict: Callable, predict_ref: Callable, schedule: NoiseSchedule, x_t: Tensor, i: Tensor,
+               eps_old: Tensor, g: Tensor, *, beta: float, matching: str = "score",
+               time_weight: str = "squared", guidance: float = 1.0,
+               backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """match (E4) and reg (E5, without lambda), both (M,), differentiable in the weights behind `predict`.
+
+    predict(x, t) returns the two halves of classifier-free guidance (the first None where guidance is 1) with
+    the LoRA, predict_ref the same without it. x_t, eps_old, g are (M, *latent), i (M,) step numbers on the
+    CPU.
+    """
+    t = schedule.t(i)
+    with torch.no_grad():
+        ref_uncond, ref_text = predict_ref(x_t, t)
+    eps_uncond, eps_text = predict(x_t, t)
+    k, weight = match_weights(schedule, i, beta=beta, matching=matching, time_weight=time_weight)
+    return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, eps_old, g, guidance,
+                             k.to(g), weight.to(g), backend=backend)
+
+
+# The same with a base and a reward in place of the closures, as the training below uses it.
+
+IMAGE_NOISE = 2e-3      # standard deviation of noise on the reward's pictures (Nabla-R2D3's released code)
+Judge = Callable[[Tensor, list[str], torch.Generator], tuple[Tensor, Render]]
+
+
+def make_judge(base: Base, reward: Reward, *, views: int, view_size: int, elevation_jitter: float,
+               azimuth_jitter: float, backend: str | None = None) -> Judge:
+    """judge(x0, prompts, generator): rewards (M,) of clean latents and the pictures that were judged.
+
+    The reward of an object is the mean over its views, from cameras that are drawn anew at every call.
+    """
+    def judge(x0: Tensor, prompts: list[str], generator: torch.Generator) -> tuple[Tensor, Render]:
+        cameras = sample_cameras(len(x0), views, elevation_jitter, azimuth_jitter, generator, base.elevation,
+                                 base.radius)
+        pictures = render(base.decode(x0), *cameras, view_size, backend)
+        noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
+        pictures = pictures._replace(image=pictures.image + noise.to(pictures.image))
+        return reward(pictures, prompts).mean(1), pictures
+    return judge
 
 
 class Transitions(NamedTuple):
     """A micro-batch of M sampler steps, objects and times mixed."""
 
-    i: Tensor                  # (M,) step numbers, on the CPU: step i goes from grid point i to i + 1
-    x_t: Tensor                # (M, *latent) at grid point i
-    x_s: Tensor                # (M, *latent) at grid point i + 1
-    eps_old: Tensor            # (M, *latent)
-    cond: Cond                 # M prompts, encoded
-    prompts: list[str]         # M prompts
-    advantage: Tensor | None = None     # (M,) of the whole trajectory, for DDPO
-    uphill: Tensor | None = None        # (M, *latent) reward's gradient at the trajectory's end, for (E8)
+    i: Tensor                   # (M,) step numbers, on the CPU: step i goes from grid point i to i + 1
+    x_t: Tensor                 # (M, *latent) at grid point i
+    x_s: Tensor                 # (M, *latent) at grid point i + 1
+    eps_old: Tensor             # (M, *latent)
+    cond: Cond                  # M prompts, encoded
+    prompts: list[str]          # M prompts
+    u: Tensor | None            # (M, *latent) the reward's gradient at the trajectory's end (E8)
+    advantage: Tensor | None    # (M,) of the whole trajectory, for DDPO
+
+    def at(self, rows: Tensor) -> Transitions:
+        """The transitions where the mask `rows` (M,) is true."""
+        kept = {name: value if value is None or name == "prompts" else value[rows]
+                for name, value in self._asdict().items()}
+        kept["prompts"] = [prompt for prompt, keep in zip(self.prompts, rows.tolist()) if keep]
+        return Transitions(**kept)
 
 
-def judge(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
-          generator: torch.Generator) -> tuple[Tensor, Render]:
-    """Rewards (M,) of clean latents, mean over randomly placed cameras, and the pictures that were judged."""
-    cameras = sample_cameras(len(x0), config.views, config.elevation_range, config.azimuth_range, generator)
-    pictures = render(base.decode(x0), *cameras, config.view_size, config.backend)
-    noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
-    pictures = pictures._replace(image=pictures.image + noise.to(pictures.image))
-    return reward(pictures, prompts).mean(1), pictures
+class Job(NamedTuple):
+    """What stays the same during a training."""
 
-
-def judge_samples(base: DiffSplat, reward: Reward, x0: Tensor, prompts: list[str], config: Config,
-                  generator: torch.Generator, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards (B,) of an epoch's samples, alpha coverage (B,), and with `gradient` u (B, *latent) (E8)."""
-    parts = []
-    for rows in torch.arange(len(x0)).split(config.micro_batch):
-        part = x0[rows].requires_grad_(gradient)
-        with torch.set_grad_enabled(gradient):
-            score, pictures = judge(base, reward, part, [prompts[n] for n in rows], config, generator)
-        u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
-        parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
-    return tuple(torch.cat(each) for each in zip(*parts))
+    base: Base
+    judge: Judge
+    schedule: NoiseSchedule
+    null: Cond          # the encoded empty prompt
+    config: Config
+    rank: int = 0       # of how many processes this is which
+    world: int = 1
 
 
 @contextlib.contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
-    """No gradients of weights, or every LoRA layer would keep its input for one, which takes most memory."""
+    """No gradients of weights, for which every LoRA layer would keep its input: most of the memory."""
     trained = [weight for weight in net.parameters() if weight.requires_grad]
     try:
         net.requires_grad_(False)
@@ -931,79 +999,84 @@ def frozen(net: nn.Module) -> Iterator[None]:
             weight.requires_grad_()
 
 
-def reward_gradient(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
-                    config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """g (M, *latent): gradient by x_s of the reward's mean over views (E7), and that mean (M,); where
-    `batch` has the reward's gradient at the sample, of that linear function of x0(x_s) instead (E8).
-    """
-    x_s, s = batch.x_s.detach().requires_grad_(), batch.i + 1
-    with frozen(base.net):
-        with contextlib.nullcontext() if config.jacobian else torch.no_grad():
-            eps = predict_guided(base, x_s, schedule.t(s), batch.cond, null, config.guidance)
-        x0 = schedule.x0(x_s, eps, s)                                                           # (E1) at s
-        if batch.uphill is None:
-            score, _ = judge(base, reward, x0, batch.prompts, config, generator)                # (E7)
-        else:
-            score = (x0 * batch.uphill).flatten(1).sum(1)                                       # (E8)
-        g, = torch.autograd.grad(score.sum(), x_s)
-    if config.clip_reward_grad:
-        norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
-        g = g * per_sample((config.clip_reward_grad / norm).clamp(max=1), g)
-    return g, score.detach()
+def nabla_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
+    """Nabla-R2D3's loss and what is logged, (M,) each, and how many objects the reward was asked about."""
+    base, schedule, config = job.base, job.schedule, job.config
+    weights = {"beta": config.beta, "time_weight": config.time_weight}
 
+    # 1. The reward gradient. Levels whose target beta w / k is small next to the largest can do without
+    # (skip_below).
+    target = match_weights(schedule, torch.arange(len(schedule)), matching="eps", **weights)[1]       # (T,)
+    asked = (target >= config.skip_below * target.max())[batch.i]                                     # (M,)
+    g, score, some = torch.zeros_like(batch.x_s), torch.zeros(len(batch.i)), batch.at(asked)
+    if config.estimator == "identity":
+        g[asked] = some.u
+    elif asked.any():
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return predict_guided(base, x, t, some.cond, job.null, config.guidance)
 
-def match_weights(schedule: NoiseSchedule, i: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """k and beta w(s) of the residual (E6) at steps i (M,); matching in eps divides the residual by k."""
-    k, power = schedule.k(i), {"squared": 2, "linear": 1, "none": 0}[config.time_weight]
-    weight = config.beta * schedule.alpha[i + 1] ** power
-    return (torch.ones_like(k), weight / k) if config.matching == "eps" else (k, weight)
+        def value(x0: Tensor) -> Tensor:
+            if config.estimator == "step":
+                return job.judge(x0, some.prompts, generator)[0]                                      # (E7)
+            return (x0 * some.u).flatten(1).sum(1)                                                    # (E8)
 
+        with phase("reward gradient"), frozen(base.net):
+            g[asked], judged = reward_gradient(predict, value, schedule, some.x_s, some.i + 1)
+        score[asked] = judged.cpu()
 
-def nabla_loss(base: DiffSplat, schedule: NoiseSchedule, batch: Transitions, null: Cond, g: Tensor,
-               config: Config) -> tuple[Tensor, Tensor]:
-    """match (E4) and reg (E5, without lambda), per transition (M,), differentiable in the LoRA weights."""
+    # 2. The loss. The reference is the same network with its LoRA switched off.
     guidance = config.guidance if config.branch == "guided" else 1.0
-    t = schedule.t(batch.i)
-    with torch.no_grad(), base.net.disable_adapter():
-        ref_uncond, ref_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
-    eps_uncond, eps_text = predict_both(base, batch.x_t, t, batch.cond, null, guidance)
-    k, weight = match_weights(schedule, batch.i, config)
-    return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, batch.eps_old, g, guidance,
-                             k.to(g), weight.to(g), backend=config.backend)
+    halves = partial(predict_both, base, cond=batch.cond, null=job.null, guidance=guidance)
+
+    def reference(x: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
+        with base.net.disable_adapter():
+            return halves(x, t)
+
+    with phase("matching"):
+        match, reg = nabla_loss(halves, reference, schedule, batch.x_t, batch.i, batch.eps_old, g,
+                                guidance=guidance, matching=config.matching, backend=config.backend,
+                                **weights)
+    logged = {"loss": match + config.reg_weight * reg, "match": match, "reg": reg,
+              "reward_gradient": g.square().flatten(1).mean(1).sqrt(), "reward": score}
+    return logged, int(asked.sum()) if config.estimator == "step" else 0
 
 
 # -----------------------------------------------------------------------------------------------------------
 # 10. The baselines
-# What the paper compares with, on the same base, rewards, views, LoRA and data. They return a loss per
-# transition (M,) and climb the reward alone: nothing in them holds on to the prior. Needs: sections 5 to 9.
+# What the paper compares with, on the same base, rewards, views, LoRA and data. Like nabla_step they return
+# the loss per transition (M,) and how many objects the reward was asked about; but they climb the reward
+# alone: nothing in them holds on to the prior. Needs: sections 5 to 9.
 # -----------------------------------------------------------------------------------------------------------
 
 
-def refl_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
-              config: Config, generator: torch.Generator) -> Tensor:
+def refl_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
     """ReFL (ImageReward, arXiv 2304.05977): minus the reward of the one-step estimate at a late step."""
-    eps = predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, config.guidance)
-    return -judge(base, reward, schedule.x0(batch.x_t, eps, batch.i), batch.prompts, config, generator)[0]
+    t = job.schedule.t(batch.i)
+    eps = predict_guided(job.base, batch.x_t, t, batch.cond, job.null, job.config.guidance)
+    score, _ = job.judge(job.schedule.x0(batch.x_t, eps, batch.i), batch.prompts, generator)
+    return {"loss": -score}, len(score)
 
 
-def draft_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
-               config: Config, generator: torch.Generator) -> Tensor:
+def draft_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
     """DRaFT-K (arXiv 2309.17400): minus the reward of the sample, through the last K steps of the sampler.
 
-    The steps start at grid point T - K of the rollout and draw new noise. DRaFT-LV (`draft_noises`) starts
-    at the last step from the rollout's sample, noised anew, which lowers the variance of the gradient.
+    The steps start at grid point T - K of the rollout and draw new noise. DRaFT-LV (K = 0) takes the last
+    step alone, from the rollout's sample noised anew, several times per object, which lowers the variance of
+    the gradient.
     """
     def noise(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator).to(x)
 
-    x, first = batch.x_t, len(schedule) - config.draft_steps
-    if config.draft_noises:
+    schedule, x, first = job.schedule, batch.x_t, len(job.schedule) - max(1, job.config.draft_steps)
+    if job.config.draft_steps == 0:
         x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * noise(x)
     for i in range(first, len(schedule)):
-        eps = predict_guided(base, x, schedule.t(i).expand(len(x)), batch.cond, null, config.guidance)
+        t = schedule.t(i).expand(len(x))
+        eps = predict_guided(job.base, x, t, batch.cond, job.null, job.config.guidance)
         mean, std = schedule.transition(x, eps, i)
         x = mean + std * noise(x)
-    return -judge(base, reward, x, batch.prompts, config, generator)[0]
+    score, _ = job.judge(x, batch.prompts, generator)
+    return {"loss": -score}, len(score)
 
 
 def log_prob(schedule: NoiseSchedule, batch: Transitions, eps: Tensor) -> Tensor:
@@ -1013,18 +1086,19 @@ def log_prob(schedule: NoiseSchedule, batch: Transitions, eps: Tensor) -> Tensor
     return density.flatten(1).mean(1)
 
 
-def ddpo_loss(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, batch: Transitions, null: Cond,
-              config: Config, generator: torch.Generator) -> Tensor:
+def ddpo_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
     """DDPO (arXiv 2305.13301): PPO's clipped policy gradient; the policy is the sampler's Gaussian step."""
-    eps = predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, config.guidance)
-    ratio = (log_prob(schedule, batch, eps) - log_prob(schedule, batch, batch.eps_old)).exp()
-    clipped = ratio.clamp(1 - config.ddpo_clip, 1 + config.ddpo_clip)
-    return -torch.minimum(batch.advantage * ratio, batch.advantage * clipped)
+    t = job.schedule.t(batch.i)
+    eps = predict_guided(job.base, batch.x_t, t, batch.cond, job.null, job.config.guidance)
+    ratio = (log_prob(job.schedule, batch, eps) - log_prob(job.schedule, batch, batch.eps_old)).exp()
+    clip = DDPO_CLIP.get(job.config.base, 1e-4)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return {"loss": -torch.minimum(batch.advantage * ratio, batch.advantage * clipped)}, 0
 
 
 def advantages(scores: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
-    """DDPO's: rewards (B,), each normalised by its prompt's last 32; by this epoch's until there are 8,
-    since the spread of fewer says little. `history`, by prompt, is brought up to date.
+    """DDPO's: rewards (B,), each normalised by its prompt's last 32; until there are 8, whose spread says
+    something, by those of this epoch. `history`, by prompt, is brought up to date.
     """
     for prompt, score in zip(prompts, scores):
         history[prompt] = [*history.get(prompt, []), score][-32:]
@@ -1034,365 +1108,225 @@ def advantages(scores: list[float], prompts: list[str], history: dict[str, list[
     return (torch.tensor(scores) - mean) / (std + 1e-6)
 
 
+DRAFT_LV_NOISES = 2     # copies of a sample that DRaFT-LV noises anew (arXiv 2309.17400)
+
+
 def pick_steps(config: Config, generator: torch.Generator) -> list[int]:
-    """The steps of one trajectory that the method trains."""
+    """The steps of one trajectory that the configured method trains."""
     if config.method == "refl":                                             # one of the last quarter
         return [config.steps - 1 - int(torch.randint(-(-config.steps // 4), (), generator=generator))]
     if config.method == "draft":
-        return [config.steps - config.draft_steps] * max(1, config.draft_noises)
-    return pick_transitions(config.steps, config.fraction, config.last_step, generator, config.train_from,
-                            config.stratify)
+        if config.draft_steps == 0:
+            return [config.steps - 1] * DRAFT_LV_NOISES
+        return [config.steps - config.draft_steps]
+    return pick_transitions(config.steps, config.fraction, config.last_step, generator)
 
 
-BASELINES = {"refl": refl_loss, "draft": draft_loss, "ddpo": ddpo_loss}
+METHODS = {"nabla": nabla_step, "refl": refl_step, "draft": draft_step, "ddpo": ddpo_step}
 
 
 # -----------------------------------------------------------------------------------------------------------
 # 11. Train
-# One loop. Every epoch draws its randomness from a generator of its own, seeded by (seed, epoch, process), so
-# a resumed run continues bit for bit without stored random states.
-# Several GPUs: torchrun --nproc-per-node N r2d3.py ...
-# Needs: everything above.
+# One loop for all methods. Every epoch draws its randomness from (seed, epoch, process), so that a resumed
+# run continues bit for bit without stored random states. Needs: everything above; files are written by
+# support/run.py.
 # -----------------------------------------------------------------------------------------------------------
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all of the numbers."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+class Sampled(NamedTuple):
+    """An epoch's trajectories, and what the updates need beside them."""
+
+    prompts: list[str]
+    cond: Cond
+    trajectory: Trajectory
+    eps_old: Tensor             # (B, T, *latent) the prediction that is matched
+    u: Tensor | None            # (B, *latent) see Transitions
+    advantage: Tensor | None    # (B,)
+
+    def transitions(self, pairs: Tensor) -> Transitions:
+        """The steps named by pairs (M, 2) of object and step number."""
+        b, i = pairs.unbind(1)
+        x = self.trajectory.x
+        return Transitions(i, x[b, i], x[b, i + 1], self.eps_old[b, i], self.cond[b],
+                           [self.prompts[n] for n in b], None if self.u is None else self.u[b],
+                           None if self.advantage is None else self.advantage[b])
 
 
-def start_processes(config: Config) -> tuple[Config, int, int]:
-    """Join the other processes if torchrun started us. Returns the config with our device, rank, world."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return config, 0, 1
-    rank, on_gpu = int(os.environ["RANK"]), config.device.startswith("cuda")
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=24))
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-    return config, rank, world
+def judge_samples(job: Job, x0: Tensor, prompts: list[str], generator: torch.Generator,
+                  gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards (B,) of clean latents, alpha coverage (B,), and with `gradient` u (B, *latent) (E8)."""
+    parts = []
+    for rows in torch.arange(len(x0)).split(job.config.micro_batch):
+        part = x0[rows].requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            score, pictures = job.judge(part, [prompts[n] for n in rows], generator)
+        u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
+        parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
+    return tuple(torch.cat(each) for each in zip(*parts))
 
 
-def train_epoch(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
-                optimizer: torch.optim.Optimizer, config: Config, epoch: int, rank: int, world: int,
-                history: dict[str, list[float]]) -> Iterator[dict]:
-    """Sample, then descend. Yields one log row per update. `history` is DDPO's, see `advantages`."""
-    generator = seeded(config.seed, epoch, rank)
-    B, parameters = config.batch_size, optimizer.param_groups[0]["params"]
+def sample_epoch(job: Job, prompts: list[str], history: dict[str, list[float]],
+                 generator: torch.Generator) -> tuple[Sampled, dict]:
+    """Draw prompts, sample and judge an object for each; what the updates need, and what is logged.
+
+    `history` holds the rewards by prompt that DDPO normalises with; processes share theirs.
+    """
+    config, B = job.config, job.config.batch_size
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(0, B, len(prompts))])
     chosen = [prompts[n] for n in order[:B]]
-    cond = base.encode(chosen)
-    with phase("rollout", config):
-        trajectory = rollout(base, schedule, cond, null, config.guidance, generator)
-    ddpo, once = config.method == "ddpo", config.method == "nabla" and config.reward_at == "sample"
-    with phase("reward gradient" if once else "rollout", config):
-        score, covered, uphill = judge_samples(base, reward, trajectory.x[:, -1], chosen, config, generator,
-                                               gradient=once)
-    sampled, advantage = {"reward": score.mean().item(), "coverage": covered.mean().item()}, None
-    if ddpo:
-        everyone = [(score.tolist(), chosen)] * world
-        if world > 1:
-            torch.distributed.all_gather_object(everyone, (score.tolist(), chosen))
+    cond = job.base.encode(chosen)
+    with phase("rollout"):
+        trajectory = rollout(job.base, job.schedule, cond, job.null, config.guidance, generator)
+    once = config.method == "nabla" and config.estimator != "step"      # then the reward is asked only here
+    with phase("reward gradient" if once else "rollout"):
+        score, coverage, u = judge_samples(job, trajectory.x[:, -1], chosen, generator, gradient=once)
+    advantage = None
+    if config.method == "ddpo":
+        everyone = run.gather((score.tolist(), chosen), job.world)
         scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
-        advantage = advantages(scores, asked, history)[rank * B:(rank + 1) * B].to(score)
-    eps_old = trajectory.eps if config.branch == "guided" or ddpo else trajectory.eps_text
-    pairs = torch.tensor([(b, i) for b in range(B) for i in pick_steps(config, generator)])
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    shares = pairs.tensor_split(min(config.updates_per_epoch, len(pairs))) * config.updates_per_gradient
-    judged, gradients = B if ddpo or once else 0, {}            # objects judged; g, which may be used again
-    weight = match_weights(schedule, torch.arange(config.steps), config)[1]
-    heard = weight >= config.skip_below * weight.max()          # (T,) the steps at which the reward counts
+        advantage = advantages(scores, asked, history)[job.rank * B:(job.rank + 1) * B].to(score)
+    guided = config.method == "ddpo" or config.branch == "guided"
+    sampled = Sampled(chosen, cond, trajectory, trajectory.eps if guided else trajectory.eps_text,
+                      u if once else None, advantage)
+    judged = B if once or config.method == "ddpo" else 0
+    return sampled, {"reward": score.mean().item(), "coverage": coverage.mean().item(), "judged": judged}
 
-    def gather(part: Tensor) -> Transitions:
-        b, i = part.unbind(1)
-        return Transitions(
-            i, trajectory.x[b, i], trajectory.x[b, i + 1], eps_old[b, i], cond[b], [chosen[n] for n in b],
-            advantage[b] if ddpo else None, uphill[b] if once else None)
 
-    for number, share in enumerate(shares):
+def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, epoch: int,
+                history: dict[str, list[float]]) -> Iterator[dict]:
+    """Sample, then descend. Yields one log row per update."""
+    config, weights = job.config, optimizer.param_groups[0]["params"]
+    generator = seeded(config.seed, epoch, job.rank)
+    sampled, logged = sample_epoch(job, prompts, history, generator)
+    pairs = torch.tensor([(b, i) for b in range(config.batch_size) for i in pick_steps(config, generator)])
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]              # objects and times are mixed
+    for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
         totals = {}
         for part in share.split(config.micro_batch):
-            batch, i = gather(part), part[:, 1]
-            if config.method == "nabla":
-                key = tuple(part[0].tolist())       # all rounds have the same parts: their first names them
-                if key not in gradients:
-                    some, g, score = heard[i], torch.zeros_like(batch.x_s), torch.zeros(len(part))
-                    if some.any():
-                        with phase("reward gradient", config):
-                            g[some], judgement = reward_gradient(base, reward, schedule, gather(part[some]),
-                                                                 null, config, generator)
-                        score[some] = judgement.cpu()
-                    judged += 0 if once else int(some.sum())
-                    gradients[key] = g, score
-                g, score = gradients[key]
-                with phase("matching", config):
-                    match, reg = nabla_loss(base, schedule, batch, null, g, config)
-                values = {"reward": score, "loss": match + config.lam * reg, "match": match, "reg": reg,
-                          "reward_gradient": g.square().flatten(1).mean(1).sqrt()}
-            else:
-                judged += 0 if ddpo else len(part)
-                with phase("loss", config):
-                    values = {"loss": BASELINES[config.method](base, reward, schedule, batch, null, config,
-                                                               generator)}
+            values, judged = METHODS[config.method](job, sampled.transitions(part), generator)
+            logged["judged"] += judged
             for name, value in values.items():
                 if not value.isfinite().all():
-                    where = f"{name} at sampler step {i[~value.isfinite().cpu()][0]}"
-                    stop_diverged(where, epoch, number, config)
-                if name != "reward":
-                    totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
-            with phase("backward", config):
+                    where = part[~value.isfinite().cpu(), 1][0]
+                    stop_diverged(f"{name} at sampler step {where}", epoch, number, config)
+                totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
+            with phase("backward"):
                 (values["loss"].sum() / len(share)).backward()
-        if world > 1:
-            for parameter in parameters:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= world
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        if job.world > 1:
+            for weight in weights:
+                torch.distributed.all_reduce(weight.grad)
+                weight.grad /= job.world
+        norm = nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
         optimizer.step()
-        if not all(parameter.isfinite().all() for parameter in parameters):
+        if not all(weight.isfinite().all() for weight in weights):
             stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
-        yield {"epoch": epoch, **sampled, "judged": judged * world, **totals, "grad_norm": norm.item()}
-        judged = 0
-
-
-SECONDS: dict[str, float] = {}      # by phase of train_epoch, with --dry-run
-
-
-@contextlib.contextmanager
-def phase(name: str, config: Config) -> Iterator[None]:
-    """Adds the time that its body takes to SECONDS, in a dry run; else does nothing."""
-    def now() -> float:
-        if config.dry_run and torch.device(config.device).type == "cuda":
-            torch.cuda.synchronize(config.device)
-        return time.perf_counter()
-
-    begun = now()
-    yield
-    if config.dry_run:
-        SECONDS[name] = SECONDS.get(name, 0) + now() - begun
-
-
-def dry_run(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
-            config: Config) -> dict:
-    """One epoch of `train_epoch`, and what it cost; of big bases on a CPU one object and one transition."""
-    import resource
-    on_gpu = torch.device(config.device).type == "cuda"
-    if not on_gpu and config.base != "shapes":
-        config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1)
-    base.net = add_lora(base.net, config.lora_rank, config.seed)
-    trained = [weight for weight in base.net.parameters() if weight.requires_grad]
-    SECONDS.clear()
-    begun, optimizer = time.perf_counter(), torch.optim.AdamW(trained, lr=config.lr)
-    rows = list(train_epoch(base, reward, schedule, prompts, null, optimizer, config, 0, 0, 1, {}))
-    result = {"device": torch.cuda.get_device_name(config.device) if on_gpu else "CPU",
-              "objects": config.batch_size, "updates": len(rows), "judged": sum(r["judged"] for r in rows),
-              "parameters": {"denoiser": sum(w.numel() for w in base.net.parameters() if not w.requires_grad),
-                             "VAE": sum(weight.numel() for weight in base.vae.parameters()),
-                             "LoRA, trained": sum(weight.numel() for weight in trained)},
-              "seconds": SECONDS | {"all": time.perf_counter() - begun},
-              "peak_GB": torch.cuda.max_memory_allocated(config.device) / 1e9 if on_gpu else
-                         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}              # of kilobytes
-    print(json.dumps(result, indent=1))
-    return result
+        logged["judged"] *= job.world
+        yield {"epoch": epoch, **totals, **logged, "grad_norm": norm.item()}    # "reward" is the samples'
+        logged["judged"] = 0
 
 
 def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
-    """Say what went wrong and what is left."""
+    """Raise a UserError that says what went wrong and what is left."""
     state = Path(config.out, "checkpoint/state.pt")
     left = f"the last good checkpoint is {state}" if state.is_file() else "there is no checkpoint yet"
-    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; "
-                    "try a smaller --lr or --beta")
+    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; try a smaller --lr or "
+                    "--beta")
 
 
-# Only these may differ between a run and its continuation (of prompts only the files' names, not the words).
-FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "row", "dry_run", "backend", "micro_batch",
-                  "checkpoint_net", "checkpoint_scorer", "prompts", "test_prompts"}
-
-
-def open_run(config: Config, prompts: str) -> tuple[Config, dict | None]:
-    """Check that the folder is ours to write to; `prompts` is the digest of the prompt lists. Returns the
-    config, in which None now means what the run had, and the checkpoint to go on from, or None.
-    """
-    out = Path(config.out)
-    checkpoint = out / "checkpoint/state.pt"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if not checkpoint.is_file():
-        if config.resume:
-            raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
-        if out.is_dir() and not (out / "config.json").is_file() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no run; name another folder with --out")
-        return config, None
-    if not config.resume:
-        raise UserError(f"{out} already holds a run; go on with --resume, or begin another with --out")
-    theirs = dataclasses.asdict(run_config(out))
-    unset = [name for name in theirs.keys() - FREE_ON_RESUME if getattr(config, name) is None]
-    config = dataclasses.replace(config, **{name: theirs[name] for name in unset})
-    for name, ours in dataclasses.asdict(config).items():
-        if name not in FREE_ON_RESUME and theirs[name] != ours:
-            raise UserError(f"{out} belongs to a run with other settings ({name} was {theirs[name]}, "
-                            f"now {ours}); name another folder with --out")
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        epoch, same = state["epoch"], state["prompts"] == prompts
-    except Exception as error:
-        raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}); name another folder with "
-                        "--out, what is in this one can still be used with --run") from None
-    if not same:
-        raise UserError(f"the prompts are not those {out} began with, or the number of processes is not; "
-                        "restore them or name another --out")
-    if epoch > config.epochs:
-        raise UserError(f"{out} has {epoch} epochs already; give --epochs {epoch} or more")
-    return config, state
-
-
-def run_config(folder: str | Path) -> Config:
-    """The settings of a run, from its config.json; `run` is that folder."""
-    path = Path(folder) / "config.json"
-    try:
-        theirs = {"reward_at": "step"} | json.loads(path.read_text())["config"]     # (older runs)
-        return Config(**theirs | {"run": str(folder), "resume": False})
-    except OSError:
-        raise UserError(f"--run {folder}: there is no run in that folder") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from None
-
-
-# What a prompt's score depends on.
-SCORED_WITH = ("base", "weights", "reward", "scorer", "angle_mask", "sampler", "steps", "guidance", "views",
-               "view_size", "elevation_range", "azimuth_range", "eval_batch")
-
-
-@torch.no_grad()
-def filter_prompts(base: DiffSplat, reward: Reward, schedule: NoiseSchedule, prompts: list[str], null: Cond,
-                   config: Config, rank: int = 0, world: int = 1) -> list[str]:
-    """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
-
-    One object each; processes share the work. Scores are kept for all runs with this base and reward.
-    """
-    if not config.min_quantile:
-        return prompts
-    from tqdm import tqdm
-    weights = Path(config.weights or HERE / "support/shapes.safetensors")
-    files = {weights, *weights.rglob("*"), *map(Path, re.findall(r"[^,=\s][^,=]*\.py(?=:)", config.reward))}
-    stamps = sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
-    what = [getattr(config, name) for name in SCORED_WITH] + [prompts, world, stamps]
-    key = hashlib.sha256(repr(what).encode()).hexdigest()
-    path, scores = cache_folder("scores") / f"{key}-{rank}.json", {}
-    with contextlib.suppress(OSError, ValueError):
-        scores = json.loads(path.read_text())
-    different = [*dict.fromkeys(prompts)]
-    mine = range(0, len(different), config.eval_batch)[rank::world]
-    for n in tqdm(mine, "scoring the prompts", leave=False, disable=rank > 0):
-        part, generator = different[n:n + config.eval_batch], seeded(n)
-        if part[0] not in scores:
-            x0 = rollout(base, schedule, base.encode(part), null, config.guidance, generator).x[:, -1]
-            score, _ = judge(base, reward, x0, part, config, generator)
-            scores |= zip(part, score.nan_to_num(-math.inf).tolist())
-            write_atomic(path, json.dumps(scores))
-    if world > 1:
-        shares = [scores] * world
-        torch.distributed.all_gather_object(shares, scores)
-        scores = dict(item for share in shares for item in share.items())
-    lowest = {*sorted(different, key=scores.get)[:int(config.min_quantile * len(different))]}
-    return [prompt for prompt in prompts if prompt not in lowest]
-
-
-def save_checkpoint(base: DiffSplat, optimizer: torch.optim.Optimizer, rows: list[dict], epoch: int,
-                    prompts: str, history: dict, config: Config) -> None:
-    """All that resume needs, the log, and the LoRA in peft's format; each file is replaced in one go."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save
-    out = Path(config.out)
-    lora = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(base.net).items()}
-    state = {"epoch": epoch, "prompts": prompts, "rows": rows, "lora": lora,
-             "history": history, "optimizer": optimizer.state_dict()}
-    write_atomic(out / "lora/adapter_model.safetensors", save(lora))
-    about = {key: sorted(value) if isinstance(value, set) else value
-             for key, value in base.net.peft_config["default"].to_dict().items()}
-    write_atomic(out / "lora/adapter_config.json", json.dumps(about, indent=1, default=str))
-    lines = [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
-    write_atomic(out / "log.csv", "\n".join(lines) + "\n")
-    write_atomic(out / "checkpoint/state.pt", to_bytes(lambda file: torch.save(state, file)))  # trusted: last
-
-
-def train(config: Config) -> dict:
-    """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary."""
-    from peft import set_peft_model_state_dict
-    from tqdm import tqdm
-    started = time.perf_counter()
-    config, rank, world = start_processes(resolve(config))
-    few = config.last_step == "always" and pick_steps(config, seeded(0)) == [config.steps - 1]
-    if config.method == "nabla" and config.skip_below and few:
-        raise UserError("only the last step would be trained, where no reward is heard; raise --fraction")
-    prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
-    digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
-    config, state = (config, None) if config.dry_run else open_run(config, digest)
-    test_prompts = test_prompts[:config.eval_prompts]
-    base = load_base(config, config.device)
-    reward = load_reward(config.reward, base, config.device, config)
-    base.prepare([*prompts, *test_prompts, ""])
-    null = base.encode([""])
-    schedule = NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
+def start_job(config: Config, base: Base | None, rank: int, world: int,
+              prompts: list[str]) -> tuple[Job, Reward]:
+    """Load base and reward, encode the prompts, and find out now whether the reward can be trained."""
+    if config.method == "nabla" and config.skip_below and pick_steps(config, seeded(0)) == [config.steps - 1]:
+        raise UserError("only the sampler's last step would be trained, where --skip-below leaves the reward "
+                        "out; use more --steps or a larger --fraction")
+    if not pick_steps(config, seeded(0)):
+        raise UserError("no step of the sampler would be trained; use more --steps or another --last-step")
+    base = base or load_base(config, config.device)
+    reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
+    base.prepare([*prompts, ""])
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
-    reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])  # cannot be trained? found before work
-    if config.dry_run:
-        return dry_run(base, reward, schedule, prompts, null, config)
-    out, quiet = Path(config.out), rank > 0
+    reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])
+    judge = make_judge(base, reward, views=config.views, view_size=config.view_size, backend=config.backend,
+                       elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
+    schedule = base.schedule(config.sampler, config.steps)
+    return Job(base, judge, schedule, base.encode([""]), config, rank, world), reward
+
+
+def start_lora(job: Job) -> torch.optim.Optimizer:
+    """Put a new LoRA on the base, and an optimiser on the LoRA."""
+    job.base.net = add_lora(job.base.net, job.base.lora_targets, job.config.lora_rank, job.config.seed)
+    weights = [weight for weight in job.base.net.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr=job.config.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
+
+
+# What may differ between a run and its continuation (of prompts only the files' names, not the words).
+FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "backend", "micro_batch", "checkpoint",
+                  "prompts", "test_prompts"}
+
+
+def train(config: Config, base: Base | None = None) -> dict:
+    """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary.
+
+    `base` is one of the caller's own; without it the one that `config` names is loaded.
+    """
+    from tqdm import tqdm
+    started = time.perf_counter()
+    if base is not None:
+        config = dataclasses.replace(config, base=type(base).__name__)
+    config = resolve(config)
+    device, rank, world = run.start_processes(config.device)
+    config = dataclasses.replace(config, device=device)
+    prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
+    digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
+    settings, state = run.open_run(dataclasses.asdict(config), digest, FREE_ON_RESUME)
+    config, out, quiet = Config(**settings), Path(config.out), rank > 0
+    test_prompts = test_prompts[:config.eval_prompts]
+    job, reward = start_job(config, base, rank, world, [*prompts, *test_prompts])
+    base, config = job.base, job.config
     features = None if quiet else metrics.load_features(base.tower, config.device)
     if not quiet:
         about = report.describe(dataclasses.asdict(config), reward.title)
         print(report.plan(about, world, len(pick_steps(config, seeded(0))), len(prompts), len(test_prompts),
                           state and state["epoch"]))
         write_atomic(out / "config.json", json.dumps(about, indent=1))
-        for name in () if state else ("r2d3.py", "kernels/*.py", "support/*.py"):
-            for source in HERE.glob(name):
-                write_atomic(out / "source" / source.relative_to(HERE), source.read_text())
+        if not state:
+            run.copy_source(HERE, out / "source")
+    prompts = filter_prompts(job, prompts)
 
-    prompts = filter_prompts(base, reward, schedule, prompts, null, config, rank, world)
-
-    def base_measurement(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
+    def measure_base(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
         path = out / f"checkpoint/{name}.pt"
         if quiet:
             return None
         with contextlib.suppress(Exception):
             if state:
                 return Measurement(**torch.load(path, weights_only=True))
-        measured = measure(base, reward, features, schedule, test_prompts, config, seed, name)
+        measured = measure(base, reward, features, job.schedule, test_prompts, config, seed, name)
         write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
         return measured
 
-    before = base_measurement("before", config.seed)
-    other = base_measurement("before, other seeds", config.seed + 1)
-    base.net = add_lora(base.net, config.lora_rank, config.seed)
-    weights = [weight for weight in base.net.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
-    rows, first, history = [], 0, {}
+    before = measure_base("before", config.seed)
+    other = measure_base("before, other seeds", config.seed + 1)
+    optimizer, rows, history = start_lora(job), [], {}
     if state:
-        set_peft_model_state_dict(base.net, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
-        rows, first, history = state["rows"], state["epoch"], state.get("history", {})
-
-    total = config.epochs * config.updates_per_epoch * config.updates_per_gradient
-    with tqdm(total=total, initial=len(rows), desc="fine-tuning", disable=quiet) as updates:
-        for epoch in range(first, config.epochs):
+        run.restore(base.net, optimizer, state)
+        rows, history = state["rows"], state["history"]
+    with tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
+              disable=quiet) as updates:
+        for epoch in range(state["epoch"] if state else 0, config.epochs):
             begun = time.perf_counter()
-            for row in train_epoch(base, reward, schedule, prompts, null, optimizer, config, epoch, rank,
-                                   world, history):
+            for row in train_epoch(job, prompts, optimizer, epoch, history):
                 row["judged"] += rows[-1]["judged"] if rows else 0
                 rows.append({"update": len(rows) + 1, **row, "seconds": time.perf_counter() - begun})
                 begun = time.perf_counter()
                 updates.update()
                 updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
             if not quiet:
-                save_checkpoint(base, optimizer, rows, epoch + 1, digest, history, config)
+                run.save_checkpoint(out, base.net, optimizer, rows, epoch + 1, digest, history)
     if quiet:
         return {}
-    after = measure(base, reward, features, schedule, test_prompts, config, config.seed, "after")
+    after = measure(base, reward, features, job.schedule, test_prompts, config, config.seed, "after")
     summary = {"scorer": reward.title, "base": config.base, "method": config.method, "epochs": config.epochs,
                "updates": len(rows), "judged": rows[-1]["judged"], "features": features.title,
                **metrics.compare(before, after, other), "seconds": time.perf_counter() - started}
@@ -1403,6 +1337,59 @@ def train(config: Config) -> dict:
     return summary
 
 
+def cost(config: Config, base: Base | None = None) -> dict:
+    """What one epoch takes: parameters, seconds by phase, peak memory. Prints and returns it, saves nothing.
+
+    On a CPU a big base is asked for one object and one transition only.
+    """
+    config = resolve(config)
+    on_gpu = torch.device(config.device).type == "cuda"
+    if not on_gpu and config.base != "shapes":
+        config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1)
+    prompts = load_prompts(config.prompts)[:config.batch_size]
+    job, _ = start_job(config, base, 0, 1, prompts)
+    optimizer = start_lora(job)
+    trained = sum(weight.numel() for weight in optimizer.param_groups[0]["params"])
+    parts = {name: sum(weight.numel() for weight in part.parameters())
+             for name, part in vars(job.base).items() if isinstance(part, nn.Module)}
+    run.SECONDS, begun = {}, time.perf_counter()
+    rows = list(train_epoch(job, prompts, optimizer, 0, {}))
+    seconds, run.SECONDS = run.SECONDS | {"all": time.perf_counter() - begun}, None
+    result = {"device": torch.cuda.get_device_name(config.device) if on_gpu else "CPU",
+              "objects": config.batch_size, "updates": len(rows),
+              "judged": sum(row["judged"] for row in rows),
+              "parameters": parts | {"net": parts["net"] - trained, "LoRA, trained": trained},
+              "seconds": seconds, "peak_GB": run.peak_memory_GB(config.device)}
+    print(json.dumps(result, indent=1))
+    return result
+
+
+@torch.no_grad()
+def filter_prompts(job: Job, prompts: list[str]) -> list[str]:
+    """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
+
+    One object each; processes share the work. Scores are kept for all runs with this base and reward.
+    """
+    config = job.config
+    if not config.min_quantile:
+        return prompts
+    scored_with = ("base", "weights", "reward", "sampler", "steps", "guidance", "views", "view_size",
+                   "elevation_jitter", "azimuth_jitter", "eval_batch")
+    what = [getattr(config, name) for name in scored_with] + [prompts, job.world]
+    what += run.file_stamps(Path(config.weights or HERE / "support/shapes.safetensors"), config.reward)
+
+    def score(number: int, part: list[str]) -> Tensor:
+        generator, cond = seeded(number), job.base.encode(part)
+        x0 = rollout(job.base, job.schedule, cond, job.null, config.guidance, generator).x[:, -1]
+        return job.judge(x0, part, generator)[0]
+
+    different = [*dict.fromkeys(prompts)]
+    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    scores = run.scores_by_prompt(key, different, config.eval_batch, score, job.rank, job.world)
+    lowest = {*sorted(different, key=scores.get)[:int(config.min_quantile * len(different))]}
+    return [prompt for prompt in prompts if prompt not in lowest]
+
+
 # -----------------------------------------------------------------------------------------------------------
 # 12. Evaluate
 # The paper's protocol: prompts that were never trained on, the same seeds and views before and after.
@@ -1411,7 +1398,7 @@ def train(config: Config) -> dict:
 
 
 @torch.no_grad()
-def measure(base: DiffSplat, reward: Reward, features: Features, schedule: NoiseSchedule, prompts: list[str],
+def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSchedule, prompts: list[str],
             config: Config, seed: int, label: str) -> Measurement:
     """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed, the same noise."""
     from tqdm import tqdm
@@ -1424,7 +1411,7 @@ def measure(base: DiffSplat, reward: Reward, features: Features, schedule: Noise
         cond, generator = base.encode(named), seeded(seed, number)
         bar = partial(tqdm, desc=f"evaluating {label}, {number + 1} of {len(chunks)}", leave=False)
         x0 = rollout(base, schedule, cond, null, config.guidance, generator, bar).x[:, -1]
-        pictures = render(base.decode(x0), *input_cameras(len(rows)), config.eval_size, config.backend)
+        pictures = render(base.decode(x0), *base.cameras(len(rows)), base.eval_size, config.backend)
         images = pictures.image.flatten(0, 1)
         seen = {see: see(images).unflatten(0, (len(rows), -1))
                 for see in {features.image, features.diversity, features.fid}}
@@ -1449,7 +1436,7 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
                                                   duration=80, loop=0))
 
 
-def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after: Measurement,
+def write_report(base: Base, prompts: list[str], before: Measurement, after: Measurement,
                  rows: list[dict], summary: dict, config: Config, out: Path) -> None:
     """summary.json, samples/, curves.png and report.html: one page with all of it, that needs no network."""
     shown = [n * len(prompts) // 12 for n in range(12)] if len(prompts) > 12 else [*range(len(prompts))]
@@ -1471,29 +1458,25 @@ def write_report(base: DiffSplat, prompts: list[str], before: Measurement, after
 # -----------------------------------------------------------------------------------------------------------
 
 
-def load_run(config: Config) -> tuple[Config, DiffSplat, NoiseSchedule]:
-    """The base, with the LoRA of `config.run` or `config.lora` on it if that is set."""
-    config = resolve(config)
-    if config.run and not (Path(config.run) / "lora/adapter_model.safetensors").is_file():
-        raise UserError(f"--run {config.run}: there is no finished epoch of a run in that folder")
-    if config.lora and not Path(config.lora).exists():
-        raise UserError(f"--lora {config.lora}: there is no such file or folder")
-    base = load_base(config, config.device)
-    if config.lora or config.run:
-        base.net = load_lora(base.net, Path(config.lora or f"{config.run}/lora")).to(base.device).eval()
+def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSchedule]:
+    """The base, with the LoRA of `config.run` on it if that is set."""
+    base = base or load_base(config, config.device)
+    if config.run:
+        base.net = load_lora(base.net, run.find_lora(config.run)).to(base.device).eval()
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
-    return config, base, NoiseSchedule.from_diffusers(config.sampler, config.steps, **base.betas)
+    return config, base, base.schedule(config.sampler, config.steps)
 
 
 @torch.no_grad()
-def sample(config: Config) -> list[Path]:
+def sample(config: Config, base: Base | None = None) -> list[Path]:
     """Make objects: for each a .ply for splat viewers, a .png of the four views and a turntable .gif."""
     from tqdm import tqdm
     if not config.prompts:
         raise UserError("sample needs --prompts, a text file or a prompt; try --prompts \"a red cube\"")
     prompts = load_prompts(config.prompts)
-    folder = Path(config.out or Path(config.run or "runs") / "samples")
-    config, base, schedule = load_run(config)
+    home = config.run if config.run and os.path.isdir(config.run) else "runs"
+    folder = Path(config.out or f"{home}/samples")
+    config, base, schedule = load_tuned(resolve(config, "sample"), base)
     written = []
     base.prepare([*prompts, ""])
     for n, prompt in enumerate(prompts):
@@ -1501,7 +1484,7 @@ def sample(config: Config) -> list[Path]:
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance,
                      seeded(config.seed, n), partial(tqdm, desc=prompt, leave=False)).x[:, -1]
         gaussians = base.decode(x0)
-        pictures = render(gaussians, *input_cameras(len(x0)), 256, config.backend).image
+        pictures = render(gaussians, *base.cameras(len(x0)), 256, config.backend).image
         for s in range(len(x0)):
             name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
             path = folder / f"{name}-seed{config.seed}-{s}.ply"
@@ -1516,66 +1499,49 @@ def sample(config: Config) -> list[Path]:
     return written
 
 
-def evaluate(config: Config) -> dict:
+def evaluate(config: Config, base: Base | None = None) -> dict:
     """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
-    started, given, run = time.perf_counter(), config.out, config.run
+    started, given = time.perf_counter(), config.out
     if given and (Path(given) / "checkpoint").is_dir():
         raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
-    if config.base_only:
-        config = dataclasses.replace(config, run=None, lora=None)
-    samples = 32 if config.samples_per_prompt is None else config.samples_per_prompt
-    config, base, schedule = load_run(dataclasses.replace(config, samples_per_prompt=samples))
-    reward = load_reward(config.reward, base, config.device, config)
+    config, base, schedule = load_tuned(resolve(config, "evaluate"), base)
+    reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
     features = metrics.load_features(base.tower, config.device)
     prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
     base.prepare([*prompts, ""])
-    report.add_row(config.row)                                  # cannot be written? found before work
+    out, tuned = Path(given or run.evaluation_folder(config.run, config.out)), bool(config.run)
+    about = report.describe(dataclasses.asdict(config) | {"out": str(out)}, reward.title)
+    write_atomic(out / "config.json", json.dumps(about, indent=1))      # fails now, not after the work
     common = base, reward, features, schedule, prompts, config
-    tuned = bool(config.run or config.lora)
     after = measure(*common, config.seed, "the fine-tuned model" if tuned else "the base")
     with base.net.disable_adapter() if tuned else contextlib.nullcontext():
         before = measure(*common, config.seed, "the base") if tuned else after
         other = measure(*common, config.seed + 1, "the base once more, for FID")
-    summary = {"scorer": reward.title, "base": config.base, "run": config.run or config.lora,
+    summary = {"scorer": reward.title, "base": config.base, "run": config.run,
                "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
-    named = "-" + "-".join(Path(config.lora).resolve().with_suffix("").parts[-2:]) if config.lora else ""
-    place = f"{run}/evaluation{'-base' * config.base_only}" if run else f"{config.out}-evaluation"
-    out = Path(given or place + named)
     write_report(base, prompts, before, after, [], summary, config, out)
-    report.add_row(config.row, report.describe(dataclasses.asdict(config), reward.title) | summary)
     metrics.print_summary(summary)
     print(f"open {out / 'report.html'}")
     return summary
 
 
-def parse(arguments: list[str]) -> tuple[Callable, Config]:
-    """The command (train, sample or evaluate) and its Config; a mistake is a UserError."""
-    import tyro
-    commands = {"train": train, "sample": sample, "evaluate": evaluate}
+def run_config(folder: str) -> Config:
+    """The settings of a run, from its config.json; `run` is that folder."""
+    known = [field.name for field in dataclasses.fields(Config)]
+    return Config(**run.read_settings(Path(folder), known) | {"run": folder, "resume": False})
+
+
+def parse(arguments: list[str]) -> tuple[Callable[[Config], object], Config]:
+    """The command and its Config; with --run, what is not given is as it was in that run."""
+    commands = {"train": train, "sample": sample, "evaluate": evaluate, "cost": cost}
     name = arguments.pop(0) if arguments and arguments[0] in commands else "train"
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            prog = "python r2d3.py [train | sample | evaluate]"
-            read = partial(tyro.cli, Config, prog=prog, args=arguments)
-            config = read()
-            if config.run is not None and name != "train":      # what is not given is as it was in the run
-                theirs = run_config(config.run)
-                config = read(default=dataclasses.replace(theirs, out=None, prompts=None, device=None, seed=0,
-                                                          samples_per_prompt=None, eval_prompts=None))
-            not_for = {"train": "run lora row base_only", "evaluate": "resume dry_run prompts",
-                       "sample": "resume dry_run row base_only"}
-            for option in not_for[name].split():
-                if getattr(config, option):
-                    raise UserError(f"--{option.replace('_', '-')} is not for {name}; leave it out")
-            return commands[name], config
-    except SystemExit as stop:
-        if stop.code == 0:                                      # --help
-            raise
-        text = message.getvalue().partition("\n")[2]           # without the title, then without the box
-        text = re.split("Argument helptext|For full helptext", re.sub("[│─╰╯]|-{4,}", " ", text))[0]
-        raise UserError(" ".join(text.split()).rstrip(".") + "; --help lists what there is") from None
+    config = cli.parse(Config, name, arguments)
+    if config.run and (Path(config.run) / "config.json").is_file():
+        settings = dataclasses.replace(run_config(config.run), out=None, prompts=None, device=None, seed=0,
+                                       samples_per_prompt=None, eval_prompts=None)
+        config = cli.parse(Config, name, arguments, settings)
+    return commands[name], config
 
 
 def main() -> int:
@@ -1588,8 +1554,8 @@ def main() -> int:
         print(f"\nr2d3: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("\nr2d3: out of memory; try a smaller --micro-batch or --eval-batch, --checkpoint-net or "
-              "--checkpoint-scorer", file=sys.stderr)
+        print("\nr2d3: out of memory; try a smaller --micro-batch or --eval-batch, or --checkpoint",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nr2d3: stopped; with --resume a training goes on after its last epoch", file=sys.stderr)

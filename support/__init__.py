@@ -5,6 +5,8 @@
     scorers.py    the published 2D models that judge pictures
     metrics.py    what evaluations measure
     report.py     the page and the pictures that a run leaves
+    run.py        prompt files, reward files, LoRAs, checkpoints; how processes share work
+    cli.py        the command line, made from the Config's source
 
 This file holds what all of them share: errors that people can mend, and files that are never half written.
 """

@@ -25,11 +25,12 @@ REPO = "chenguolin/DiffSplat"
 VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,
        "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
        "up_block_types": ["UpDecoderBlock2D"] * 4}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]    # the paper's LoRA: all attention layers and the output layer
 PUBLISHED = {
     "diffsplat-pixart": {
         "net": "gsdiff_gobj83k_pas_fp16__render", "part": "transformer_ema", "vae": "gsvae_gobj265k_sdxl_fp16",
         "text": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "length": 300, "text_dim": 4096, "download": "22 GB",
-        "betas": {}, "vae_config": VAE | {"scaling_factor": 0.13025},
+        "betas": {}, "vae_config": VAE | {"scaling_factor": 0.13025}, "lora_targets": [*ATTENTION, "proj_out"],
         "net_config": {"_class_name": "PixArtTransformer2DModel", "sample_size": 32, "in_channels": 10, "out_channels": 8,
                        "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2,
                        "cross_attention_dim": 1152, "caption_channels": 4096, "norm_type": "ada_norm_single",
@@ -38,7 +39,7 @@ PUBLISHED = {
         "net": "gsdiff_gobj83k_sd15__render", "part": "unet_ema", "vae": "gsvae_gobj265k_sd",
         "text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "6 GB",
         "betas": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-        "vae_config": VAE | {"scaling_factor": 0.18215},
+        "vae_config": VAE | {"scaling_factor": 0.18215}, "lora_targets": [*ATTENTION, "conv_out"],
         "net_config": {"_class_name": "UNet2DConditionModel", "sample_size": 32, "in_channels": 10, "out_channels": 4,
                        "cross_attention_dim": 768, "attention_head_dim": 8}},
 }
@@ -83,7 +84,7 @@ def load(base: str, weights: str | None, device: torch.device | str, precision: 
             "prediction_type": "epsilon", "guidance": 7.5, "betas": about["betas"],
             "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),
             "latent_std": torch.tensor(1 / vae.config.scaling_factor), "scale_range": (0.0005, 0.02), "depth_scale": 1.0,
-            "half_image_shift": True}
+            "half_image_shift": True, "eval_size": 512, "lora_targets": about["lora_targets"]}
 
 
 def load_networks(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
@@ -125,7 +126,7 @@ def newest(root: Path, name: str, pattern: str, part: str) -> Path:
 
 def read_config(path: Path) -> dict:
     try:
-        return dict(**json.loads(path.read_text()))
+        return dict(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, TypeError) as error:

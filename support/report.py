@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from support import UserError, to_bytes
+from support import to_bytes
 from support.metrics import titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -130,15 +130,3 @@ def plan(about: dict, world: int, picked: int, prompts: int, test_prompts: int, 
     if config["base"] == "shapes" and torch.cuda.is_available():
         lines += ["bigger    this GPU can run the paper's base: --base diffsplat-pixart (a large download, once)"]
     return "\n".join([*lines, f"results   {config['out']}/" + (f" (going on after epoch {done})" if done else "")])
-
-
-def add_row(path: str | None, row: dict | None = None) -> None:
-    """Append a line to a .jsonl file; without a row only make sure that it can be done."""
-    if path is None:
-        return
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n" if row else "")
-    except OSError as error:
-        raise UserError(f"--row {path} cannot be written ({error.strerror}); name a .jsonl file") from None

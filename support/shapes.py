@@ -100,6 +100,11 @@ class NormalEstimator(nn.Module):
         return F.normalize(self.head(x), dim=1)
 
 
+# All linear layers of the denoiser and its patch convolution: what Nabla-R2D3's released code gives a LoRA.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj", "linear",
+                "linear_1", "linear_2"]
+
+
 def load(path: Path, device: torch.device | str) -> tuple[dict, ImageTextTower, NormalEstimator]:
     """What r2d3.DiffSplat is made from, and the judges. UserError: a file that is not such a base."""
     from diffusers import AutoencoderKL, PixArtTransformer2DModel
@@ -124,6 +129,7 @@ def load(path: Path, device: torch.device | str) -> tuple[dict, ImageTextTower, 
             "image_size": about["vae"]["sample_size"], "prediction_type": about["prediction_type"],
             "guidance": about["guidance"], "betas": {}, "latent_mean": state["latent_mean"].float(),
             "latent_std": state["latent_std"].float(), "scale_range": about["scale_range"],
-            "depth_scale": about["depth_scale"], "half_image_shift": False}
+            "depth_scale": about["depth_scale"], "half_image_shift": False, "eval_size": 64,
+            "lora_targets": LORA_TARGETS}
     tower = ImageTextTower(WordTable(vocab, about["tower"].get("dim", 64), length), **about["tower"])
     return base, part("tower", tower), part("normal", NormalEstimator(**about["normal"]))
