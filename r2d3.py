@@ -297,19 +297,21 @@ def input_cameras(num_objects: int, device: torch.device | str = "cpu") -> tuple
     return c2w.to(device), intrinsics(num_objects, 4).to(device)
 
 
-def sample_cameras(num_objects: int, views: int, elevation_jitter: float, azimuth_jitter: float,
-                   generator: torch.Generator, elevation: float = ELEVATION,
+def sample_cameras(views: int, elevation_jitter: float, azimuth_jitter: float,
+                   generators: list[torch.Generator], elevation: float = ELEVATION,
                    radius: float = RADIUS) -> tuple[Tensor, Tensor]:
     """The views of the reward: evenly spaced azimuths, one random elevation and azimuth offset per object.
 
     The offsets are uniform within plus or minus `elevation_jitter` degrees around `elevation`, and plus or
     minus `azimuth_jitter` degrees. With fewer than four views the first one starts at a random quarter turn,
-    so that every side is seen in turn. Returns c2w (B, V, 4, 4), fxfycxcy (B, V, 4).
+    so that every side is seen in turn. Every object has a CPU generator. Returns c2w (B, V, 4, 4) and
+    fxfycxcy (B, V, 4).
     """
-    u = 2 * torch.rand(num_objects, 2, generator=generator) - 1
-    quarter = torch.randint(4, (num_objects, 1), generator=generator) if views < 4 else 0
-    azimuth = 360 / views * torch.arange(views) + 90 * quarter + azimuth_jitter * u[:, :1]  # (B, V)
-    return orbit(elevation + elevation_jitter * u[:, 1:], azimuth, radius), intrinsics(num_objects, views)
+    u = 2 * torch.stack([torch.rand(2, generator=generator) for generator in generators]) - 1       # (B, 2)
+    azimuth = 360 / views * torch.arange(views) + azimuth_jitter * u[:, :1]                         # (B, V)
+    if views < 4:
+        azimuth += 90 * torch.stack([torch.randint(4, (1,), generator=generator) for generator in generators])
+    return orbit(elevation + elevation_jitter * u[:, 1:], azimuth, radius), intrinsics(len(u), views)
 
 
 def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
@@ -832,28 +834,34 @@ def predict_guided(base: Base, x: Tensor, t: Tensor, cond: Cond, null: Cond, gui
 
 
 def seeded(*numbers: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on all of the numbers."""
+    """A CPU generator whose stream depends on all of the arguments.
+
+    Random numbers belong to an object here, not to a batch: an object is the same whatever is sampled with
+    it, and sizes of batches and numbers of processes change memory and speed, not results beyond rounding.
+    """
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def noise_like(x: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Standard normal noise of the shape of x (B, ...), where it is; row b comes from generators[b]."""
+    return torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators]).to(x)
+
+
 @torch.no_grad()
 def rollout(base: Base, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
-            generator: torch.Generator, progress: Callable = iter) -> Trajectory:
-    """Sample one object per row of `cond`, keeping all that the loss needs. `generator` is a CPU one."""
-    B = len(cond.embeds)
-
-    def noise() -> Tensor:
-        return torch.randn(B, *base.latent_shape, generator=generator).to(base.device)
-
-    xs, guided, texts = [noise()], [], []
+            generators: list[torch.Generator], progress: Callable = iter) -> Trajectory:
+    """Sample one object per row of `cond`, with a CPU generator each, keeping all that the loss needs."""
+    B = len(generators)
+    start = torch.empty(B, *base.latent_shape, device=base.device)
+    xs, guided, texts = [noise_like(start, generators)], [], []
     for i in progress(range(len(schedule))):
         x = xs[-1]
         eps_uncond, eps_text = predict_both(base, x, schedule.t(i).expand(B), cond, null, guidance)
         texts.append(eps_text)
         guided.append(guide(eps_uncond, eps_text, guidance))
         mean, std = schedule.transition(x, guided[-1], i)
-        xs.append(mean + std * noise())
+        xs.append(mean + std * noise_like(x, generators))
     return Trajectory(*(torch.stack(steps, 1) for steps in (xs, guided, texts)))
 
 
@@ -936,21 +944,21 @@ def nabla_loss(predict: Callable, predict_ref: Callable, schedule: NoiseSchedule
 # The same with a base and a reward in place of the closures, as the training below uses it.
 
 IMAGE_NOISE = 2e-3      # standard deviation of noise on the reward's pictures (Nabla-R2D3's released code)
-Judge = Callable[[Tensor, list[str], torch.Generator], tuple[Tensor, Render]]
+Judge = Callable[[Tensor, list[str], list[torch.Generator]], tuple[Tensor, Render]]
 
 
 def make_judge(base: Base, reward: Reward, *, views: int, view_size: int, elevation_jitter: float,
                azimuth_jitter: float, backend: str | None = None) -> Judge:
-    """judge(x0, prompts, generator): rewards (M,) of clean latents and the pictures that were judged.
+    """judge(x0, prompts, generators): rewards (M,) of clean latents and the pictures that were judged.
 
     The reward of an object is the mean over its views, from cameras that are drawn anew at every call.
     """
-    def judge(x0: Tensor, prompts: list[str], generator: torch.Generator) -> tuple[Tensor, Render]:
-        cameras = sample_cameras(len(x0), views, elevation_jitter, azimuth_jitter, generator, base.elevation,
+    def judge(x0: Tensor, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, Render]:
+        cameras = sample_cameras(views, elevation_jitter, azimuth_jitter, generators, base.elevation,
                                  base.radius)
         pictures = render(base.decode(x0), *cameras, view_size, backend)
-        noise = IMAGE_NOISE * torch.randn(pictures.image.shape, generator=generator)
-        pictures = pictures._replace(image=pictures.image + noise.to(pictures.image))
+        image = (pictures.image + IMAGE_NOISE * noise_like(pictures.image, generators)).clamp(0, 1)
+        pictures = pictures._replace(image=image)
         return reward(pictures, prompts).mean(1), pictures
     return judge
 
@@ -964,15 +972,17 @@ class Transitions(NamedTuple):
     eps_old: Tensor             # (M, *latent)
     cond: Cond                  # M prompts, encoded
     prompts: list[str]          # M prompts
+    generators: list[torch.Generator]   # M, for whatever is random in a transition's loss
     u: Tensor | None            # (M, *latent) the reward's gradient at the trajectory's end (E8)
     advantage: Tensor | None    # (M,) of the whole trajectory, for DDPO
 
     def at(self, rows: Tensor) -> Transitions:
         """The transitions where the mask `rows` (M,) is true."""
-        kept = {name: value if value is None or name == "prompts" else value[rows]
-                for name, value in self._asdict().items()}
-        kept["prompts"] = [prompt for prompt, keep in zip(self.prompts, rows.tolist()) if keep]
-        return Transitions(**kept)
+        def pick(value):
+            if isinstance(value, list):
+                return [item for item, keep in zip(value, rows.tolist()) if keep]
+            return None if value is None else value[rows]
+        return Transitions(*map(pick, self))
 
 
 class Job(NamedTuple):
@@ -999,7 +1009,7 @@ def frozen(net: nn.Module) -> Iterator[None]:
             weight.requires_grad_()
 
 
-def nabla_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
+def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """Nabla-R2D3's loss and what is logged, (M,) each, and how many objects the reward was asked about."""
     base, schedule, config = job.base, job.schedule, job.config
     weights = {"beta": config.beta, "time_weight": config.time_weight}
@@ -1017,7 +1027,7 @@ def nabla_step(job: Job, batch: Transitions, generator: torch.Generator) -> tupl
 
         def value(x0: Tensor) -> Tensor:
             if config.estimator == "step":
-                return job.judge(x0, some.prompts, generator)[0]                                      # (E7)
+                return job.judge(x0, some.prompts, some.generators)[0]                                # (E7)
             return (x0 * some.u).flatten(1).sum(1)                                                    # (E8)
 
         with phase("reward gradient"), frozen(base.net):
@@ -1049,33 +1059,30 @@ def nabla_step(job: Job, batch: Transitions, generator: torch.Generator) -> tupl
 # -----------------------------------------------------------------------------------------------------------
 
 
-def refl_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
+def refl_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """ReFL (ImageReward, arXiv 2304.05977): minus the reward of the one-step estimate at a late step."""
     t = job.schedule.t(batch.i)
     eps = predict_guided(job.base, batch.x_t, t, batch.cond, job.null, job.config.guidance)
-    score, _ = job.judge(job.schedule.x0(batch.x_t, eps, batch.i), batch.prompts, generator)
+    score, _ = job.judge(job.schedule.x0(batch.x_t, eps, batch.i), batch.prompts, batch.generators)
     return {"loss": -score}, len(score)
 
 
-def draft_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
+def draft_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """DRaFT-K (arXiv 2309.17400): minus the reward of the sample, through the last K steps of the sampler.
 
     The steps start at grid point T - K of the rollout and draw new noise. DRaFT-LV (K = 0) takes the last
     step alone, from the rollout's sample noised anew, several times per object, which lowers the variance of
     the gradient.
     """
-    def noise(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator).to(x)
-
     schedule, x, first = job.schedule, batch.x_t, len(job.schedule) - max(1, job.config.draft_steps)
     if job.config.draft_steps == 0:
-        x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * noise(x)
+        x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * noise_like(x, batch.generators)
     for i in range(first, len(schedule)):
         t = schedule.t(i).expand(len(x))
         eps = predict_guided(job.base, x, t, batch.cond, job.null, job.config.guidance)
         mean, std = schedule.transition(x, eps, i)
-        x = mean + std * noise(x)
-    score, _ = job.judge(x, batch.prompts, generator)
+        x = mean + std * noise_like(x, batch.generators)
+    score, _ = job.judge(x, batch.prompts, batch.generators)
     return {"loss": -score}, len(score)
 
 
@@ -1086,7 +1093,7 @@ def log_prob(schedule: NoiseSchedule, batch: Transitions, eps: Tensor) -> Tensor
     return density.flatten(1).mean(1)
 
 
-def ddpo_step(job: Job, batch: Transitions, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
+def ddpo_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """DDPO (arXiv 2305.13301): PPO's clipped policy gradient; the policy is the sampler's Gaussian step."""
     t = job.schedule.t(batch.i)
     eps = predict_guided(job.base, batch.x_t, t, batch.cond, job.null, job.config.guidance)
@@ -1134,7 +1141,7 @@ METHODS = {"nabla": nabla_step, "refl": refl_step, "draft": draft_step, "ddpo": 
 
 
 class Sampled(NamedTuple):
-    """An epoch's trajectories, and what the updates need beside them."""
+    """The trajectories that this process sampled for an epoch, and what the updates need beside them."""
 
     prompts: list[str]
     cond: Cond
@@ -1143,68 +1150,75 @@ class Sampled(NamedTuple):
     u: Tensor | None            # (B, *latent) see Transitions
     advantage: Tensor | None    # (B,)
 
-    def transitions(self, pairs: Tensor) -> Transitions:
-        """The steps named by pairs (M, 2) of object and step number."""
-        b, i = pairs.unbind(1)
+    def transitions(self, b: Tensor, i: Tensor, generators: list[torch.Generator]) -> Transitions:
+        """Steps i (M,) of objects b (M,)."""
         x = self.trajectory.x
         return Transitions(i, x[b, i], x[b, i + 1], self.eps_old[b, i], self.cond[b],
-                           [self.prompts[n] for n in b], None if self.u is None else self.u[b],
+                           [self.prompts[n] for n in b], generators, None if self.u is None else self.u[b],
                            None if self.advantage is None else self.advantage[b])
 
 
-def judge_samples(job: Job, x0: Tensor, prompts: list[str], generator: torch.Generator,
+def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[torch.Generator],
                   gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards (B,) of clean latents, alpha coverage (B,), and with `gradient` u (B, *latent) (E8)."""
     parts = []
     for rows in torch.arange(len(x0)).split(job.config.micro_batch):
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            score, pictures = job.judge(part, [prompts[n] for n in rows], generator)
+            score, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
         u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
         parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
     return tuple(torch.cat(each) for each in zip(*parts))
 
 
-def sample_epoch(job: Job, prompts: list[str], history: dict[str, list[float]],
-                 generator: torch.Generator) -> tuple[Sampled, dict]:
+def sample_epoch(job: Job, prompts: list[str], epoch: int,
+                 history: dict[str, list[float]]) -> tuple[Sampled, dict]:
     """Draw prompts, sample and judge an object for each; what the updates need, and what is logged.
 
-    `history` holds the rewards by prompt that DDPO normalises with; processes share theirs.
+    An epoch has batch_size objects of every process, numbered through: they share one order of the prompts.
+    `history` holds the rewards by prompt that DDPO normalises with.
     """
-    config, B = job.config, job.config.batch_size
-    order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(0, B, len(prompts))])
-    chosen = [prompts[n] for n in order[:B]]
-    cond = job.base.encode(chosen)
+    config, B, shuffle = job.config, job.config.batch_size, seeded(job.config.seed, epoch, "prompts")
+    mine = range(job.rank * B, (job.rank + 1) * B)
+    order = torch.cat([torch.randperm(len(prompts), generator=shuffle)
+                       for _ in range(0, job.world * B, len(prompts))])
+    chosen = [prompts[n] for n in order[mine.start:mine.stop]]
+    cond, generators = job.base.encode(chosen), [seeded(config.seed, epoch, n, "object") for n in mine]
     with phase("rollout"):
-        trajectory = rollout(job.base, job.schedule, cond, job.null, config.guidance, generator)
+        trajectory = rollout(job.base, job.schedule, cond, job.null, config.guidance, generators)
     once = config.method == "nabla" and config.estimator != "step"      # then the reward is asked only here
     with phase("reward gradient" if once else "rollout"):
-        score, coverage, u = judge_samples(job, trajectory.x[:, -1], chosen, generator, gradient=once)
+        score, coverage, u = judge_samples(job, trajectory.x[:, -1], chosen, generators, gradient=once)
     advantage = None
     if config.method == "ddpo":
         everyone = run.gather((score.tolist(), chosen), job.world)
         scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
-        advantage = advantages(scores, asked, history)[job.rank * B:(job.rank + 1) * B].to(score)
+        advantage = advantages(scores, asked, history)[mine.start:mine.stop].to(score)
     guided = config.method == "ddpo" or config.branch == "guided"
     sampled = Sampled(chosen, cond, trajectory, trajectory.eps if guided else trajectory.eps_text,
                       u if once else None, advantage)
-    judged = B if once or config.method == "ddpo" else 0
-    return sampled, {"reward": score.mean().item(), "coverage": coverage.mean().item(), "judged": judged}
+    judged = job.world * B if once or config.method == "ddpo" else 0
+    return sampled, {"reward": run.mean(score, job.world), "coverage": run.mean(coverage, job.world),
+                     "judged": judged}
 
 
 def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, epoch: int,
                 history: dict[str, list[float]]) -> Iterator[dict]:
     """Sample, then descend. Yields one log row per update."""
-    config, weights = job.config, optimizer.param_groups[0]["params"]
-    generator = seeded(config.seed, epoch, job.rank)
-    sampled, logged = sample_epoch(job, prompts, history, generator)
-    pairs = torch.tensor([(b, i) for b in range(config.batch_size) for i in pick_steps(config, generator)])
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)]              # objects and times are mixed
+    config, weights, B = job.config, optimizer.param_groups[0]["params"], job.config.batch_size
+    sampled, logged = sample_epoch(job, prompts, epoch, history)
+
+    # Every process knows all pairs of object n and step i; `copy` tells a step that is trained twice apart.
+    pairs = torch.tensor([(n, i, copy) for n in range(job.world * B) for copy, i in
+                          enumerate(pick_steps(config, seeded(config.seed, epoch, n, "steps")))])
+    pairs = pairs[torch.randperm(len(pairs), generator=seeded(config.seed, epoch, "pairs"))]
     for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
-        totals = {}
-        for part in share.split(config.micro_batch):
-            values, judged = METHODS[config.method](job, sampled.transitions(part), generator)
-            logged["judged"] += judged
+        totals, mine = {}, share[share[:, 0] // B == job.rank]
+        for part in mine.split(config.micro_batch):
+            generators = [seeded(config.seed, epoch, *pair) for pair in part.tolist()]
+            values, judged = METHODS[config.method](
+                job, sampled.transitions(part[:, 0] - job.rank * B, part[:, 1], generators))
+            totals["judged"] = totals.get("judged", 0) + judged
             for name, value in values.items():
                 if not value.isfinite().all():
                     where = part[~value.isfinite().cpu(), 1][0]
@@ -1212,16 +1226,13 @@ def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, 
                 totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
             with phase("backward"):
                 (values["loss"].sum() / len(share)).backward()
-        if job.world > 1:
-            for weight in weights:
-                torch.distributed.all_reduce(weight.grad)
-                weight.grad /= job.world
+        totals = run.add_up(weights, totals, job.world)
         norm = nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
         optimizer.step()
         if not all(weight.isfinite().all() for weight in weights):
             stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
-        logged["judged"] *= job.world
+        logged["judged"] += totals.pop("judged")
         yield {"epoch": epoch, **totals, **logged, "grad_norm": norm.item()}    # "reward" is the samples'
         logged["judged"] = 0
 
@@ -1374,14 +1385,14 @@ def filter_prompts(job: Job, prompts: list[str]) -> list[str]:
     if not config.min_quantile:
         return prompts
     scored_with = ("base", "weights", "reward", "sampler", "steps", "guidance", "views", "view_size",
-                   "elevation_jitter", "azimuth_jitter", "eval_batch")
-    what = [getattr(config, name) for name in scored_with] + [prompts, job.world]
+                   "elevation_jitter", "azimuth_jitter")
+    what = [getattr(config, name) for name in scored_with]
     what += run.file_stamps(Path(config.weights or HERE / "support/shapes.safetensors"), config.reward)
 
-    def score(number: int, part: list[str]) -> Tensor:
-        generator, cond = seeded(number), job.base.encode(part)
-        x0 = rollout(job.base, job.schedule, cond, job.null, config.guidance, generator).x[:, -1]
-        return job.judge(x0, part, generator)[0]
+    def score(part: list[str]) -> Tensor:
+        generators, cond = [seeded("filter", prompt) for prompt in part], job.base.encode(part)
+        x0 = rollout(job.base, job.schedule, cond, job.null, config.guidance, generators).x[:, -1]
+        return job.judge(x0, part, generators)[0]
 
     different = [*dict.fromkeys(prompts)]
     key = hashlib.sha256(repr(what).encode()).hexdigest()
@@ -1403,14 +1414,15 @@ def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSched
     """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed, the same noise."""
     from tqdm import tqdm
     P, S = len(prompts), config.samples_per_prompt
-    every = [n for n in range(P) for _ in range(S)]
     texts, null, parts = features.text(prompts), base.encode([""]), []
-    chunks = [every[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
-    for number, rows in enumerate(chunks):
-        named = [prompts[n] for n in rows]
-        cond, generator = base.encode(named), seeded(seed, number)
+    chunks = [range(P * S)[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
+    for number, chunk in enumerate(chunks):
+        rows = [n // S for n in chunk]
+        named = [prompts[row] for row in rows]
+        cond = base.encode(named)
+        generators = [seeded(seed, prompts[n // S], n % S) for n in chunk]
         bar = partial(tqdm, desc=f"evaluating {label}, {number + 1} of {len(chunks)}", leave=False)
-        x0 = rollout(base, schedule, cond, null, config.guidance, generator, bar).x[:, -1]
+        x0 = rollout(base, schedule, cond, null, config.guidance, generators, bar).x[:, -1]
         pictures = render(base.decode(x0), *base.cameras(len(rows)), base.eval_size, config.backend)
         images = pictures.image.flatten(0, 1)
         seen = {see: see(images).unflatten(0, (len(rows), -1))
@@ -1482,7 +1494,8 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt] * config.samples_per_prompt)
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance,
-                     seeded(config.seed, n), partial(tqdm, desc=prompt, leave=False)).x[:, -1]
+                     [seeded(config.seed, prompt, s) for s in range(config.samples_per_prompt)],
+                     partial(tqdm, desc=prompt, leave=False)).x[:, -1]
         gaussians = base.decode(x0)
         pictures = render(gaussians, *base.cameras(len(x0)), 256, config.backend).image
         for s in range(len(x0)):

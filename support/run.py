@@ -223,18 +223,18 @@ def file_stamps(weights: Path, reward: str) -> list[tuple[str, int]]:
     return sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
 
 
-def scores_by_prompt(key: str, prompts: list[str], batch: int, score: Callable[[int, list[str]], torch.Tensor],
+def scores_by_prompt(key: str, prompts: list[str], batch: int, score: Callable[[list[str]], torch.Tensor],
                      rank: int, world: int) -> dict[str, float]:
-    """{prompt: score(number of its batch, prompts of the batch)}, kept on disk under `key`; processes share the work."""
+    """{prompt: its score}, from score(part) of up to `batch` prompts; kept on disk under `key`. Processes share the work."""
     from tqdm import tqdm
     path, scores = cache_folder("scores") / f"{key}-{rank}.json", {}
     with contextlib.suppress(OSError, ValueError):
         scores = json.loads(path.read_text(encoding="utf-8"))
-    for n in tqdm(range(0, len(prompts), batch)[rank::world], "scoring the prompts", leave=False, disable=rank > 0):
-        part = prompts[n:n + batch]
-        if part[0] not in scores:
-            scores |= zip(part, score(n, part).nan_to_num(-torch.inf).tolist())
-            write_atomic(path, json.dumps(scores))
+    new = [prompt for prompt in prompts[rank::world] if prompt not in scores]
+    for n in tqdm(range(0, len(new), batch), "scoring the prompts", leave=False, disable=rank > 0):
+        part = new[n:n + batch]
+        scores |= zip(part, score(part).nan_to_num(-torch.inf).tolist())
+        write_atomic(path, json.dumps(scores))
     return {prompt: value for share in gather(scores, world) for prompt, value in share.items()}
 
 
@@ -261,6 +261,21 @@ def gather(value: object, world: int) -> list:
     if world > 1:
         torch.distributed.all_gather_object(everyone, value)
     return everyone
+
+
+def mean(values: torch.Tensor, world: int) -> float:
+    """The mean of all processes' values, of which each has as many."""
+    return sum(gather(values.mean().item(), world)) / world
+
+
+def add_up(weights: list[torch.Tensor], totals: dict[str, float], world: int) -> dict[str, float]:
+    """Sum gradients over processes, in place, and the logged totals. A process may have had no part in an update."""
+    if world > 1:
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            torch.distributed.all_reduce(weight.grad)
+    shares = [share for share in gather(totals, world) if share]
+    return {name: sum(share[name] for share in shares) for name in shares[0]}
 
 
 SECONDS: dict[str, float] | None = None     # by phase; the command `cost` makes it a dict, else nothing is measured
