@@ -1,6 +1,7 @@
 """What an evaluation measures: metrics of renders, their intervals, and the networks that evaluations see with.
 
-r2d3.py fills a `Measurement` in `measure` and compares two with `compare`. Nothing here knows of diffusion.
+r2d3.py fills a `Measurement` in `measure` and compares two with `compare`; `paper_protocol` makes the three columns of
+the paper's tables from the same measurements. Nothing here knows of diffusion.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import fetching
+from support import UserError, fetching
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
            "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",
@@ -31,9 +32,9 @@ class Features(NamedTuple):
     fid: Callable[[Tensor], Tensor]         # -> (N, D'')
 
 
-@fetching("the networks that measure", "0.6 GB")
+@fetching("the networks that measure", "0.7 GB")
 def load_features(tower: nn.Module | None, device: torch.device | str) -> Features:
-    """The embedded tower for `shapes`; else CLIP ViT-B/32, and DreamSim and Inception where installed."""
+    """The embedded tower for `shapes`; else CLIP ViT-B/32, FID's Inception, and DreamSim where it is installed."""
     if tower is not None:
         return Features("the embedded image-text tower", tower.image, tower.text, tower.image, tower.image)
     import open_clip
@@ -48,7 +49,7 @@ def load_features(tower: nn.Module | None, device: torch.device | str) -> Featur
     def text(prompts: list[str]) -> Tensor:
         return F.normalize(clip.encode_text(open_clip.tokenize(prompts).to(device)), dim=-1)
 
-    title, diverse, fid = "CLIP ViT-B/32", image, image
+    title, diverse = "CLIP ViT-B/32, Inception (FID)", image
     if importlib.util.find_spec("dreamsim"):
         from dreamsim import dreamsim
         model, _ = dreamsim(pretrained=True, device=str(device))
@@ -56,15 +57,18 @@ def load_features(tower: nn.Module | None, device: torch.device | str) -> Featur
 
         def diverse(pictures: Tensor) -> Tensor:
             return F.normalize(model.embed(F.interpolate(pictures, (224, 224), mode="bicubic")), dim=-1)
+    return Features(title, image, text, diverse, inception(device))
 
-    if importlib.util.find_spec("pytorch_fid"):
-        from pytorch_fid.inception import InceptionV3
-        inception = InceptionV3([3]).to(device).eval()
-        title += ", Inception (FID)"
 
-        def fid(pictures: Tensor) -> Tensor:
-            return inception(pictures)[0].flatten(1)
-    return Features(title, image, text, diverse, fid)
+def inception(device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """FID's Inception-v3 as torchmetrics has it: pictures (N, 3, H, W) in [0, 1] -> pooled features (N, 2048).
+
+    Weights: those of the original TensorFlow network, converted by torch-fidelity. Pictures are rounded to 8 bits, so
+    that they count the same here and after they have been stored.
+    """
+    from torchmetrics.image.fid import NoTrainInceptionV3
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    return lambda pictures: network((pictures.clamp(0, 1) * 255).round().byte())
 
 
 class Measurement(NamedTuple):
@@ -99,6 +103,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross
 
 
+def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor) -> dict:
+    """A metric (a number) before and after, with intervals from what it is on resampled prompts (n,)."""
+    change, changes = (new - old).item(), new_draws - old_draws
+    error, ends = changes.std().item(), torch.tensor([0.025, 0.975], dtype=changes.dtype)
+    return {"before": old.item(), "after": new.item(), "after_ci95": new_draws.quantile(ends).tolist(),
+            "change": change, "ci95": changes.quantile(ends).tolist(),
+            "standard_errors": change / error if error > 1e-9 else 0.0}
+
+
 def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
     """Each metric before and after, its change, and 95% intervals by a bootstrap over prompts; and P and S.
 
@@ -108,13 +121,6 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
     """
     (P, S), generator = before.reward.shape, torch.Generator().manual_seed(0)
     draws = torch.randint(P, (1000, P), generator=generator)
-
-    def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor) -> dict:
-        change, changes = (new - old).item(), new_draws - old_draws
-        error, ends = changes.std().item(), torch.tensor([0.025, 0.975], dtype=changes.dtype)
-        return {"before": old.item(), "after": new.item(), "after_ci95": new_draws.quantile(ends).tolist(),
-                "change": change, "ci95": changes.quantile(ends).tolist(),
-                "standard_errors": change / error if error > 1e-9 else 0.0}
 
     result = {"prompts": P, "samples_per_prompt": S}
     for name in ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity"):
@@ -132,6 +138,99 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
     result["fid_to_base"] = entry(old, new, *centred)
     result["fid_to_base"]["images"] = before.reward.numel() * before.features.shape[2]
     return result
+
+
+# ---- the paper's protocol ----------------------------------------------------------------------------------
+# Nabla-R2D3 (arXiv 2506.15684) reports the reward, the multi-view FID and the multi-view CLIP similarity: per prompt
+# and view, averaged over views, then over prompts (60 unseen prompts, 32 objects each). It does not say which FID
+# library, which reference set or which CLIP. Here: torchmetrics' Inception; a second draw of the untouched base, with
+# other seeds and as many objects; open_clip's ViT-B/32. So the base's own FID is the noise floor of this protocol and
+# not zero: 32 pictures span 31 of 2,048 dimensions, and two draws of one distribution are far apart by this measure.
+
+PAPER_METRICS = {"reward": "reward", "multi_view_fid": "multi-view FID",
+                 "multi_view_clip_similarity": "multi-view CLIP similarity x 100"}
+PAPER_TIMES_100 = ("hpsv2", "normal", "dnc")    # rewards that the paper's tables give times 100
+
+# Tables 1, 2 and 4: reward / multi-view FID / multi-view CLIP similarity x 100, by base, reward and method.
+PAPER = {
+    ("diffsplat-pixart", "aesthetic"): {
+        "base": (4.72, 55.26, 34.58), "refl": (5.82, 352.97, 21.89), "ddpo": (4.54, 172.95, 32.64),
+        "draft": (5.51, 337.77, 22.89), "nabla": (6.44, 217.89, 25.86)},
+    ("diffsplat-pixart", "hpsv2"): {
+        "base": (22.86, 55.26, 34.58), "refl": (24.92, 274.44, 32.40), "ddpo": (22.23, 69.59, 34.35),
+        "draft": (32.65, 224.64, 33.99), "nabla": (27.85, 131.38, 35.35)},
+    ("diffsplat-pixart", "normal"): {
+        "base": (89.48, 55.26, 34.58), "refl": (90.60, 112.06, 33.99), "ddpo": (89.45, 63.93, 34.56),
+        "draft": (91.11, 296.23, 28.36), "nabla": (92.03, 104.45, 34.18)},
+    ("diffsplat-pixart", "dnc"): {
+        "base": (87.81, 55.26, 34.58), "refl": (89.15, 158.19, 32.74), "ddpo": (87.99, 69.12, 34.48),
+        "draft": (88.13, 74.82, 34.52), "nabla": (89.53, 99.01, 34.08)},
+    ("diffsplat-sd15", "aesthetic"): {
+        "base": (4.81, 67.76, 34.66), "refl": (6.08, 396.79, 20.66), "ddpo": (4.80, 54.79, 34.61),
+        "draft": (6.40, 395.84, 19.08), "nabla": (6.02, 154.61, 30.95)},
+    ("gaussiancube", "aesthetic"): {
+        "base": (4.40, 64.22, 28.60), "refl": (5.50, 296.46, 17.31), "ddpo": (4.06, 230.48, 18.90),
+        "draft": (6.04, 352.16, 15.52), "nabla": (5.92, 234.96, 22.57)},
+}
+
+
+def multi_view_fid(features: Tensor, reference: Tensor) -> Tensor:
+    """Features (P, S, V, D) of pictures, twice -> (P,): FID of one prompt's S pictures from one view, mean over views.
+
+    S must be at least 2. With S < D the covariances are singular, which frechet_distance does not mind.
+    """
+    def one_prompt(a: Tensor, b: Tensor) -> Tensor:             # (S, V, D) each
+        return torch.stack([frechet_distance(*views) for views in zip(a.unbind(1), b.unbind(1))]).mean()
+
+    return torch.stack([one_prompt(*prompt) for prompt in zip(features, reference)])
+
+
+def multi_view_clip_similarity(alignment: Tensor) -> Tensor:
+    """Cosines of pictures and their prompt, averaged over views, (P, S) -> (P,): times 100, averaged over objects."""
+    return 100 * alignment.mean(1)
+
+
+def paper_protocol(before: Measurement, after: Measurement, reference: Measurement, *, base: str, reward: str,
+                   method: str) -> dict:
+    """The paper's three columns before and after, with 95% intervals by a bootstrap over prompts, and the paper's own.
+
+    `reference` is the second draw of the base that FID is measured to. `base`, `reward` (one name, or a sum, which no
+    table has) and `method` ("base" where nothing was fine-tuned) find the published numbers: "paper" is
+    {"before": ..., "after": ...} of three numbers each, or None. UserError: fewer than two objects a prompt.
+    """
+    P, S = before.reward.shape
+    if S < 2:
+        raise UserError("--protocol paper compares distributions; use --samples-per-prompt 2 or more (the paper: 32)")
+    times = 100 if reward in PAPER_TIMES_100 else 1
+    draws = torch.randint(P, (1000, P), generator=torch.Generator().manual_seed(0))
+    columns = {"reward": lambda m: times * m.reward.mean(1),
+               "multi_view_fid": lambda m: multi_view_fid(m.fid_features, reference.fid_features),
+               "multi_view_clip_similarity": lambda m: multi_view_clip_similarity(m.alignment)}
+    result = {}
+    for name, column in columns.items():
+        old, new = column(before), column(after)                # (P,) each
+        result[name] = entry(old.mean(), new.mean(), old[draws].mean(1), new[draws].mean(1))
+    rows = PAPER.get((base, reward))
+    result["paper"] = rows and {"before": rows["base"], "after": rows[method]}
+    result["reference"] = f"{S} other objects of the base a prompt, {before.fid_features.shape[2]} views each"
+    result["reward_times"] = times
+    return result
+
+
+def print_paper_protocol(result: dict, features: str) -> None:
+    """The three columns under the paper's names, and the paper's own numbers where its tables have them."""
+    scaled = " x 100" if result["reward_times"] == 100 else ""
+    print(f"\nthe paper's protocol: per prompt and view, averaged; FID to {result['reference']}: the base's own\n"
+          f"value (before) is the noise floor. Features: {features}")
+    print(f"{'':<36}{'before':>9}{'after':>9}   95% interval")
+    for name, title in PAPER_METRICS.items():
+        row = result[name]
+        low, high = row["after_ci95"]
+        title += scaled if name == "reward" else ""
+        print(f"{title:<36}{row['before']:>9.2f}{row['after']:>9.2f}   {low:.2f} .. {high:.2f}")
+    for when, numbers in (result["paper"] or {}).items():
+        measured = " / ".join(f"{result[name][when]:.2f}" for name in PAPER_METRICS)
+        print(f"{when:<7} measured: {measured}   paper: {' / '.join(f'{number:.2f}' for number in numbers)}")
 
 
 def titles(summary: dict) -> dict[str, str]:

@@ -42,6 +42,9 @@ PUBLISHED = {
         "vae_config": VAE | {"scaling_factor": 0.18215}, "lora_targets": [*ATTENTION, "conv_out"],
         "net_config": {"_class_name": "UNet2DConditionModel", "sample_size": 32, "in_channels": 10, "out_channels": 4,
                        "cross_attention_dim": 768, "attention_head_dim": 8}},
+    # its network and files are gaussiancube.py's; the text features that it was trained with were float32
+    "gaussiancube": {"text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "3 GB",
+                     "text_precision": "float32"},
 }
 
 
@@ -114,7 +117,7 @@ def newest(root: Path, name: str, pattern: str, part: str) -> Path:
 
     What is published under another name (another base, or one that starts from a picture) does not fit.
     """
-    others = {about[key] for about in PUBLISHED.values() for key in ("net", "vae")} - {name}
+    others = {about.get(key) for about in PUBLISHED.values() for key in ("net", "vae")} - {name}
     for folders in (name, pattern):
         found = [path for path in root.glob(f"{folders}/checkpoints/*/{part}")
                  if path.parent.name.isdigit() and path.parents[2].name not in others and "_image_" not in path.parents[2].name]
@@ -181,13 +184,14 @@ class TextEncoder:
 
     def __init__(self, base: str, root: Path | None, device: torch.device | str):
         about = PUBLISHED[base]
-        self.clip, self.length, self.device = base == "diffsplat-sd15", about["length"], device
+        self.clip, self.length, self.device = "clip" in about["text"], about["length"], device
         self.what = f"the text encoder of {base}", f"about {about['download']} with the weights"
         self.repo, self.root = about["text"], root
         self.source = self.repo, [(str(path), path.stat().st_size, path.stat().st_mtime_ns)     # other files, other key
                                   for part in ("text_encoder", "tokenizer") if root
                                   for path in sorted((root.resolve() / part).glob("*"))]
-        self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        half = torch.device(device).type == "cuda" and "text_precision" not in about
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.cache = cache_folder("text")
 
     def path(self, prompt: str) -> Path:
@@ -295,7 +299,7 @@ def random_text(base: str, device: torch.device | str) -> Callable[[list[str]], 
             seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)
             return torch.randn(about["length"], about["text_dim"], generator=torch.Generator().manual_seed(seed))
         mask = (torch.arange(about["length"], device=device) < 20).repeat(len(prompts), 1)
-        return torch.stack([row(prompt) for prompt in prompts]).to(device), None if base == "diffsplat-sd15" else mask
+        return torch.stack([row(prompt) for prompt in prompts]).to(device), None if "clip" in about["text"] else mask
 
     encode.prepare = lambda prompts: None                       # there is nothing to keep
     return encode
