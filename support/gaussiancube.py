@@ -204,7 +204,7 @@ def load(weights: str | None, device: torch.device | str) -> dict:
     try:
         net.load_state_dict(found["net"])
     except Exception as error:
-        what = " ".join(str(error).split()[:30])
+        what = " ".join(str(error).split())[:200]
         raise UserError(f"the weights {paths['net']} do not fit GaussianCube's U-Net: {what}") from None
     return {"net": net, "text": published.TextEncoder("gaussiancube", root, device), "mean": mean, "std": std}
 
