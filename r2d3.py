@@ -80,8 +80,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, cli, fetching, metrics, published, report, run, scorers, shapes,
-                     to_bytes, write_atomic)
+from support import (UserError, cli, fetching, gaussiancube, metrics, published, report, run, scorers,
+                     shapes, to_bytes, write_atomic)
 from support.metrics import Features, Measurement
 from support.run import load_lora, load_prompts, phase
 
@@ -105,11 +105,12 @@ class Config:
     """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
 
     # [train sample evaluate cost] The model
-    base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15"] = "shapes"  # the 3D diffusion model; shapes
-    #   is embedded in this repository, the others are downloaded once
+    base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15", "gaussiancube"] = "shapes"  # the 3D
+    #   diffusion model; shapes is embedded in this repository, the others are downloaded once
     weights: str | None = None  # a folder laid out like the published repository; for shapes a file; "random"
     #   builds the full-size network untrained, to measure what it costs
-    precision: Literal["bf16", "float32"] = "bf16"  # of a published base's frozen denoiser on a GPU
+    precision: Literal["bf16", "float32"] = "bf16"  # of a published base's frozen denoiser on a GPU;
+    #   gaussiancube is float32 always
     checkpoint: bool = False  # save memory: compute the activations of denoiser and scorers twice
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu
     backend: Literal["torch", "triton"] | None = None  # of the kernels; by default triton on a GPU
@@ -168,6 +169,9 @@ class Config:
     eval_batch: int = 60  # objects sampled at once outside of training: less takes less memory
     # [sample evaluate] A fine-tuned model
     run: str | None = None  # a run's folder, whose settings and LoRA are used; or a LoRA file or folder
+    # [evaluate] Which metrics
+    protocol: Literal["paper"] | None = None  # paper: also reward, multi-view FID and multi-view CLIP
+    #   similarity as the paper averages them, beside its own numbers
 
 
 # What a recipe sets; the paper's lambda depends on the reward, see `resolve`.
@@ -203,6 +207,7 @@ PRESETS = {
     },
     "diffsplat-pixart": PAPER | {"": PAPER[""] | {"lora_rank": 16}},
     "diffsplat-sd15": PAPER | {"": PAPER[""] | {"sampler": "ddim"}},
+    "gaussiancube": PAPER | {"": PAPER[""] | {"steps": 50}},
 }
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0     # of AdamW, and of all LoRA gradients together (paper)
 DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; else 1e-4
@@ -255,6 +260,8 @@ def check(config: Config) -> None:
                               "draft_steps": config.steps})
     if config.view_size < 8:
         raise UserError("--view-size must be at least 8 pixels")
+    if config.protocol and config.samples_per_prompt < 2:
+        raise UserError("--protocol paper compares distributions; use --samples-per-prompt 2 or more")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -532,8 +539,9 @@ class Base(Protocol):
         return NoiseSchedule.from_diffusers(sampler, steps, **self.betas)
 
     def cameras(self, num_objects: int) -> tuple[Tensor, Tensor]:
-        """The views of an evaluation: c2w (B, 4, 4, 4), fxfycxcy (B, 4, 4)."""
-        return input_cameras(num_objects)
+        """The views of an evaluation, all around the object: c2w (B, 4, 4, 4), fxfycxcy (B, 4, 4)."""
+        c2w = orbit(self.elevation, torch.arange(0.0, 360.0, 90.0), self.radius)
+        return c2w.expand(num_objects, 4, 4, 4), intrinsics(num_objects, 4)
 
 
 class MultiViewAttnProcessor:
@@ -632,6 +640,64 @@ class DiffSplat(Base):
                                        self.fxfycxcy.expand(B, -1, -1), self.scale_range, self.depth_scale)
 
 
+class GaussianCube(Base):
+    """GaussianCube (arXiv 2403.19655): a grid of D^3 Gaussians, denoised by a 3D U-Net that predicts x0.
+
+    Channels of a latent (14, D, D, D), standardised per voxel by `mean` and `std`: offset from the voxel's
+    centre, colour (spherical harmonic of degree 0), opacity, scales, quaternion wxyz; z is up there.
+    """
+
+    lora_targets = ["qkv", "encoder_kv", "proj_out", "out.2"]   # all attention layers, and the output layer
+    guidance, elevation, eval_size = 3.5, 30.0, 512             # its authors look from 30 degrees above
+    betas = {"beta_schedule": "squaredcos_cap_v2"}
+    size = RADIUS / 2                   # of the grid's cube in our world: its authors' cameras are 2 away
+    # It was trained through a rasteriser that widens splats by 0.3 square pixels: with 512 pixels a side, a
+    # focal length of 560 and a distance of 2, as at inference, by this standard deviation.
+    thickness = 0.3 ** 0.5 * 2 / 560
+
+    def __init__(self, net: nn.Module, text: Callable[[list[str]], tuple[Tensor, Tensor | None]],
+                 mean: Tensor, std: Tensor, device: torch.device | str):
+        self.device = torch.device(device)
+        self.net = net.to(self.device).eval().requires_grad_(False)
+        self.text, self.mean, self.std = text, mean.to(self.device), std.to(self.device)
+        self.latent_shape, axis = tuple(mean.shape), torch.linspace(-0.5, 0.5, mean.shape[-1])
+        self.grid = torch.cartesian_prod(axis, axis, axis).to(self.device)                  # (D^3, 3)
+        from diffusers import DDIMScheduler
+        squared = DDIMScheduler(**self.betas).alphas_cumprod.double()   # sigma of t = 0 would lose digits
+        self.alpha_by_t, self.sigma_by_t = squared.sqrt(), (1 - squared).sqrt()             # (1000,)
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """CLIP's words; the unconditional half is zeros, as in training, not the empty prompt's."""
+        named = torch.tensor([float(prompt != "") for prompt in prompts], device=self.device)
+        return Cond(named[:, None, None] * self.text(prompts)[0].float(), None)
+
+    def prepare(self, prompts: list[str]) -> None:
+        """Encode all prompts of a run before it begins."""
+        self.text.prepare(prompts)
+
+    def schedule(self, sampler: str, steps: int) -> NoiseSchedule:
+        """Starts where log(alpha / sigma) is -5.1, as published: above, x0 says next to nothing of eps."""
+        cut = {"lambda_min_clipped": -5.1} if sampler == "dpm" else {}
+        return NoiseSchedule.from_diffusers(sampler, steps, **self.betas, **cut)
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Noise in x (B, 14, D, D, D) at timesteps t (B,); the other half of the output is a variance."""
+        x0 = self.net(x, t.to(self.device), cond.embeds.to(self.device))[:, :x.shape[1]]
+        alpha, sigma = (per_sample(table[t.cpu()], x) for table in (self.alpha_by_t, self.sigma_by_t))
+        return (x - alpha * x0) / sigma
+
+    def decode(self, x0: Tensor) -> Gaussians:
+        """Clean latents (B, 14, D, D, D) -> D^3 splats, y up, differentiable."""
+        values = (x0 * self.std + self.mean).flatten(2).mT
+        offset, color, opacity, scales, quats = values.split([3, 3, 1, 3, 4], -1)
+        x, y, z = (self.size * (self.grid + offset)).unbind(-1)
+        w, i, j, k = (0.5 ** 0.5 * F.normalize(quats, dim=-1)).unbind(-1)   # a quarter turn about x
+        return Gaussians(torch.stack([x, z, -y], -1),
+                         self.size * (scales.clamp(0, 1) ** 2 + self.thickness ** 2).sqrt(),
+                         torch.stack([w + i, i - w, j + k, k - j], -1), opacity[..., 0].clamp(0, 1),
+                         (SH_C0 * color + 0.5).clamp(min=0))
+
+
 def load_base(config: Config, device: torch.device | str) -> Base:
     """The base that `config.base` names, frozen. Raises UserError for missing or damaged weights."""
     if config.base == "shapes":
@@ -639,6 +705,8 @@ def load_base(config: Config, device: torch.device | str) -> Base:
         parts, tower, normals = shapes.load(file, device)
         base = DiffSplat(**parts, device=device)
         base.tower, base.normals = tower, normals
+    elif config.base == "gaussiancube":
+        base = GaussianCube(**gaussiancube.load(config.weights, device), device=device)
     else:
         parts = published.load(config.base, config.weights, device, config.precision)
         base = DiffSplat(**parts, device=device)
@@ -1533,6 +1601,10 @@ def evaluate(config: Config, base: Base | None = None) -> dict:
     summary = {"scorer": reward.title, "base": config.base, "run": config.run,
                "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
+    if config.protocol:
+        method = config.method if tuned else "base"
+        summary["paper_protocol"] = metrics.paper_protocol(before, after, other, base=config.base,
+                                                           reward=config.reward, method=method)
     write_report(base, prompts, before, after, [], summary, config, out)
     metrics.print_summary(summary)
     print(f"open {out / 'report.html'}")

@@ -228,8 +228,8 @@ def download() -> dict[str, Path]:
         return {part: Path(hf_hub_download(REPO, f"v1.1/{name}")) for part, name in FILES.items()}
     except Exception as error:
         raise UserError("the weights of gaussiancube are not here and could not be fetched "
-                        f"({type(error).__name__}): about {DOWNLOAD}, once, or --weights DIR\n      leave out --base to "
-                        "run now, with the embedded base") from None
+                        f"({type(error).__name__}): about {DOWNLOAD}, once, or --weights DIR\n"
+                        "      leave out --base to run now, with the embedded base") from None
 
 
 def read(path: Path) -> dict | Tensor:

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import UserError, fetching
+from support import fetching
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
            "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",
@@ -196,11 +196,10 @@ def paper_protocol(before: Measurement, after: Measurement, reference: Measureme
 
     `reference` is the second draw of the base that FID is measured to. `base`, `reward` (one name, or a sum, which no
     table has) and `method` ("base" where nothing was fine-tuned) find the published numbers: "paper" is
-    {"before": ..., "after": ...} of three numbers each, or None. UserError: fewer than two objects a prompt.
+    {"before": ..., "after": ...} of three numbers each, or None. At least two objects a prompt are needed.
     """
     P, S = before.reward.shape
-    if S < 2:
-        raise UserError("--protocol paper compares distributions; use --samples-per-prompt 2 or more (the paper: 32)")
+    reward = {"laion": "aesthetic", "hps-v2.1": "hpsv2"}.get(reward, reward)    # the same scorers by name
     times = 100 if reward in PAPER_TIMES_100 else 1
     draws = torch.randint(P, (1000, P), generator=torch.Generator().manual_seed(0))
     columns = {"reward": lambda m: times * m.reward.mean(1),
@@ -212,25 +211,34 @@ def paper_protocol(before: Measurement, after: Measurement, reference: Measureme
         result[name] = entry(old.mean(), new.mean(), old[draws].mean(1), new[draws].mean(1))
     rows = PAPER.get((base, reward))
     result["paper"] = rows and {"before": rows["base"], "after": rows[method]}
-    result["reference"] = f"{S} other objects of the base a prompt, {before.fid_features.shape[2]} views each"
+    result["pictures"] = f"{P} prompts x {S} objects x {before.fid_features.shape[2]} views"
     result["reward_times"] = times
     return result
 
 
-def print_paper_protocol(result: dict, features: str) -> None:
-    """The three columns under the paper's names, and the paper's own numbers where its tables have them."""
-    scaled = " x 100" if result["reward_times"] == 100 else ""
-    print(f"\nthe paper's protocol: per prompt and view, averaged; FID to {result['reference']}: the base's own\n"
-          f"value (before) is the noise floor. Features: {features}")
-    print(f"{'':<36}{'before':>9}{'after':>9}   95% interval")
-    for name, title in PAPER_METRICS.items():
+def paper_table(result: dict) -> tuple[str, list[list[str]]]:
+    """What was measured, in two sentences; rows of title, before, after, its interval, the paper's before and after."""
+    about = (f"The paper's protocol on {result['pictures']}: per prompt and view, averaged. FID is to as many other "
+             "objects of the base, so that the base's own FID (before) is the noise floor.")
+    rows = []
+    for number, (name, title) in enumerate(PAPER_METRICS.items()):
         row = result[name]
         low, high = row["after_ci95"]
-        title += scaled if name == "reward" else ""
-        print(f"{title:<36}{row['before']:>9.2f}{row['after']:>9.2f}   {low:.2f} .. {high:.2f}")
+        title += " x 100" if name == "reward" and result["reward_times"] == 100 else ""
+        paper = [f"{numbers[number]:.2f}" for numbers in (result["paper"] or {}).values()]
+        rows.append([title, f"{row['before']:.2f}", f"{row['after']:.2f}", f"{low:.2f} .. {high:.2f}", *paper])
+    return about, rows
+
+
+def print_paper_protocol(result: dict, features: str) -> None:
+    """The three columns under the paper's names, and the paper's own numbers where its tables have them."""
+    about, rows = paper_table(result)
+    print(f"\n{about}\nFeatures: {features}.\n{'':<34}{'before':>9}{'after':>9}   95% of after")
+    for title, before, after, interval, *_ in rows:
+        print(f"{title:<34}{before:>9}{after:>9}   {interval}")
     for when, numbers in (result["paper"] or {}).items():
         measured = " / ".join(f"{result[name][when]:.2f}" for name in PAPER_METRICS)
-        print(f"{when:<7} measured: {measured}   paper: {' / '.join(f'{number:.2f}' for number in numbers)}")
+        print(f"{when:<8}measured: {measured}   paper: {' / '.join(f'{number:.2f}' for number in numbers)}")
 
 
 def titles(summary: dict) -> dict[str, str]:
@@ -249,6 +257,8 @@ def print_summary(summary: dict) -> None:
               f"{down:+.3f} .. {up:+.3f}")
     print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
           f"{summary['seconds']:.0f} seconds in all.")
+    if "paper_protocol" in summary:
+        print_paper_protocol(summary["paper_protocol"], summary["features"])
     if summary["alignment"]["ci95"][1] < 0:
         print("warning: the objects fit their prompts less well; try a smaller --beta or fewer --epochs")
     if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from support import to_bytes
-from support.metrics import titles
+from support.metrics import paper_table, titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%} table{border-collapse:collapse} pre{background:#f5f5f5;padding:1rem;overflow-x:auto}
@@ -54,12 +54,23 @@ def files(before: Tensor, after: Tensor, captions: list[str], turntable: bytes, 
 the same seeds before and after; {summary['seconds']:.0f} seconds in all. Intervals: 95%, bootstrap over prompts.
 Features: {html.escape(summary['features'])}. FID from {summary['fid_to_base']['images']} pictures a side.</p>
 <table><tr><th>on unseen prompts<th>before<th>after<th>95% of after<th>95% of the change</tr>{table}</table>
-<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
+{paper_section(summary)}<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
 <h2>All around</h2><p>Up to four objects before, then the same after.</p>
 <img alt="turntable" src="{inline('samples/turntable.gif')}">
 {f'<h2>Training</h2><img alt="curves" src="{inline("curves.png")}">' if rows else ''}
 <h2>Settings</h2><pre>{html.escape(settings)}</pre></html>"""
     return out
+
+
+def paper_section(summary: dict) -> str:
+    """The paper's own columns, of an evaluation with --protocol paper; else nothing."""
+    if "paper_protocol" not in summary:
+        return ""
+    about, rows = paper_table(summary["paper_protocol"])
+    lines = "".join("<tr><td>" + "<td>".join(row) for row in rows)
+    published = "<th>paper, before<th>paper, after" if summary["paper_protocol"]["paper"] else ""
+    return (f"<h2>In the paper's terms</h2><p>{about}</p>"
+            f"<table><tr><th><th>before<th>after<th>95% of after{published}</tr>{lines}</table>")
 
 
 def labelled(images: Tensor, captions: list[str], columns: int) -> Image.Image:

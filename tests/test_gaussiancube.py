@@ -361,10 +361,11 @@ def judges(monkeypatch, pipeline):
     monkeypatch.setattr(scorers, "load_clip", clip)
     monkeypatch.setattr(open_clip, "create_model", clip)
     normals = scorers.MarigoldNormals(pipeline).requires_grad_(False)
-    monkeypatch.setattr(scorers.MarigoldNormals, "pretrained", lambda *args: normals)
-    untrained = {"LaionAesthetic": scorers.LaionAesthetic.pretrained, "HPSv2": scorers.HPSv2.pretrained}
-    monkeypatch.setattr(scorers.LaionAesthetic, "pretrained", lambda *args: untrained["LaionAesthetic"](args[0], args[1], True))
-    monkeypatch.setattr(scorers.HPSv2, "pretrained", lambda *args: untrained["HPSv2"](args[0], args[1], args[2], True))
+    monkeypatch.setattr(scorers.MarigoldNormals, "pretrained", lambda *args, **how: normals)
+    for judge in (scorers.LaionAesthetic, scorers.HPSv2):
+        def untrained(*args, real=judge.pretrained, **how):
+            return real(*args, **how | {"untrained": True})
+        monkeypatch.setattr(judge, "pretrained", untrained)
 
 
 @pytest.fixture
@@ -378,7 +379,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("reward, estimator", [("aesthetic", "step"), ("hpsv2", "sample"), ("normal", "step"), ("dnc", "sample")])
+@pytest.mark.parametrize("reward, estimator", [("aesthetic", "step"), ("hpsv2=1,normal=1,dnc=1", "sample")])
 def test_the_whole_job(folder, judges, run, reward, estimator, tmp_path, monkeypatch):
     """Rollout, reward, loss, update, checkpoint, evaluation, resume, samples: from a folder in the published layout."""
     monkeypatch.setattr(GaussianCube, "eval_size", 28)
@@ -400,6 +401,7 @@ def test_the_whole_job(folder, judges, run, reward, estimator, tmp_path, monkeyp
     printed = run("evaluate", "--run", out, "--samples-per-prompt", 2, "--protocol", "paper")
     summary = json.loads((out / "evaluation/summary.json").read_text(encoding="utf-8"))
     assert {"reward", "multi_view_fid", "multi_view_clip_similarity"} <= summary["paper_protocol"].keys()
+    assert "multi-view FID" in printed and "multi-view FID" in (out / "evaluation/report.html").read_text(encoding="utf-8")
     assert ("paper: 5.92 / 234.96 / 22.57" in printed) == ("paper: 4.40 / 64.22 / 28.60" in printed) == (reward == "aesthetic")
     run("sample", "--run", out, "--prompts", "a red lamp", "--samples-per-prompt", 1)
     files = sorted((out / "samples").glob("a-red-lamp*"))
@@ -428,7 +430,7 @@ def test_cost_of_random_weights(judges, run, monkeypatch, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first["net"].parameters(), second["net"].parameters()))
     pictures = r2d3.render(GaussianCube(**first, device="cpu").decode(torch.randn(1, 14, 8, 8, 8)), *r2d3.input_cameras(1), 32)
-    assert 0.1 < pictures.alpha.mean() < 0.9                                # such objects give a reward something to see
+    assert 0.05 < pictures.alpha.mean() < 0.9                               # such objects give a reward something to see
     printed = run("cost", "--base", "gaussiancube", "--weights", "random", "--reward", "dnc", "--steps", 4, "--view-size", 16,
                   "--device", "cpu")
     result = json.loads(printed[printed.index("{"):])

@@ -13,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import r2d3  # noqa: E402
 from support import UserError, metrics  # noqa: E402
 
 
@@ -146,7 +147,8 @@ def test_the_papers_three_columns(capsys):
     printed = capsys.readouterr().out
     assert "paper: 6.44 / 217.89 / 25.86" in printed and "paper: 4.72 / 55.26 / 34.58" in printed
     assert "multi-view FID" in printed and "multi-view CLIP similarity x 100" in printed and "Inception" in printed
-    assert "8 other objects of the base a prompt, 4 views each" in printed
+    assert "5 prompts x 8 objects x 4 views" in printed
+    assert metrics.paper_table(result)[1][0][-2:] == ["4.72", "6.44"]
 
 
 @pytest.mark.parametrize("base, reward, method, want", [
@@ -166,6 +168,8 @@ def test_which_rows_of_the_paper_are_shown(base, reward, method, want, capsys):
 
 
 def test_one_object_a_prompt_has_no_distribution():
-    one = measurement(S=1)
+    """Found before any work."""
+    config = r2d3.Config(protocol="paper", samples_per_prompt=1, device="cpu")
     with pytest.raises(UserError, match="--samples-per-prompt 2 or more"):
-        metrics.paper_protocol(one, one, one, base="shapes", reward="dnc", method="nabla")
+        r2d3.resolve(config, "evaluate")
+    r2d3.resolve(r2d3.Config(protocol="paper", device="cpu"), "evaluate")
