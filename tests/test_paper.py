@@ -2,6 +2,7 @@
 beside the paper's own numbers. Tiny random networks stand for the published ones, on the same code path.
 """
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -173,3 +174,38 @@ def test_one_object_a_prompt_has_no_distribution():
     with pytest.raises(UserError, match="--samples-per-prompt 2 or more"):
         r2d3.resolve(config, "evaluate")
     r2d3.resolve(r2d3.Config(protocol="paper", device="cpu"), "evaluate")
+
+
+@pytest.mark.parametrize("rank", [8, 3])
+def test_one_command_evaluates_a_lora_of_the_authors_code(rank, tmp_path, monkeypatch, capsys):
+    """Their pytorch_lora_weights.safetensors, of any rank, in the paper's terms beside the paper's numbers."""
+    import open_clip
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+    from test_bases import write_folder
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = CLIP(32, {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14},
+                    {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}).eval()
+        folder = write_folder(tmp_path / "weights", "diffsplat-pixart")
+        net = r2d3.load_base(r2d3.resolve(r2d3.Config(base="diffsplat-pixart", weights=str(folder), device="cpu")), "cpu").net
+        lora = {}
+        for name, layer in net.named_modules():
+            if name.endswith((".to_q", ".to_v", "proj_out")):
+                lora[f"unet.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features)
+                lora[f"unet.{name}.lora_B.weight"] = 0.3 * torch.randn(layer.out_features, rank)
+    save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **more: clip)
+    monkeypatch.setattr(r2d3.DiffSplat, "eval_size", property(lambda self: 28, lambda self, size: None), raising=False)
+    (tmp_path / "test.txt").write_text("a red cube\na blue lamp with two arms", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [
+        "r2d3.py", "evaluate", "--base", "diffsplat-pixart", "--weights", str(folder), "--reward", "dnc", "--protocol", "paper",
+        "--run", str(tmp_path / "pytorch_lora_weights.safetensors"), "--test-prompts", str(tmp_path / "test.txt"),
+        "--samples-per-prompt", "3", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert r2d3.main() == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "paper: 87.81 / 55.26 / 34.58" in printed and "paper: 89.53 / 99.01 / 34.08" in printed
+    assert "2 prompts x 3 objects x 4 views" in printed and "reward x 100" in printed
+    result = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["paper_protocol"]
+    assert result["multi_view_fid"]["after"] != result["multi_view_fid"]["before"]
+    assert result["reward"]["after"] != result["reward"]["before"] and 1 < result["reward"]["before"] < 100
