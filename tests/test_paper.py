@@ -1,5 +1,5 @@
-"""The paper's evaluation: FID as torchmetrics computes it, CLIP similarity as open_clip does, averaged as the paper says,
-beside the paper's own numbers. Tiny random networks stand for the published ones, on the same code path.
+"""The paper's evaluation: FID as torchmetrics computes it, CLIP similarity as open_clip does, averaged as the paper
+says, beside the paper's own numbers. Tiny random networks stand for the published ones, on the same code path.
 """
 import io
 import json
@@ -19,7 +19,7 @@ from support import UserError, metrics  # noqa: E402
 
 
 def stored(pictures):
-    """(N, 3, H, W) in [0, 1] -> the same pictures after they have been written as .png and read again, as PIL has them."""
+    """(N, 3, H, W) in [0, 1] -> the pictures after they have been written as .png and read again, as PIL has them."""
     out = []
     for picture in pictures:
         file = io.BytesIO()
@@ -153,9 +153,12 @@ def test_the_papers_three_columns(capsys):
 
 
 @pytest.mark.parametrize("base, reward, method, want", [
-    ("diffsplat-pixart", "hpsv2", "draft", (32.65, 224.64, 33.99)), ("diffsplat-pixart", "dnc", "base", (87.81, 55.26, 34.58)),
-    ("diffsplat-sd15", "aesthetic", "ddpo", (4.80, 54.79, 34.61)), ("gaussiancube", "aesthetic", "nabla", (5.92, 234.96, 22.57)),
-    ("gaussiancube", "hpsv2", "nabla", None), ("shapes", "aesthetic", "nabla", None), ("diffsplat-pixart", "aesthetic=1,dnc=1", "nabla", None)])
+    ("diffsplat-pixart", "hpsv2", "draft", (32.65, 224.64, 33.99)),
+    ("diffsplat-pixart", "dnc", "base", (87.81, 55.26, 34.58)),
+    ("diffsplat-sd15", "laion", "ddpo", (4.80, 54.79, 34.61)),
+    ("gaussiancube", "aesthetic", "nabla", (5.92, 234.96, 22.57)),
+    ("gaussiancube", "hpsv2", "nabla", None), ("shapes", "aesthetic", "nabla", None),
+    ("diffsplat-pixart", "aesthetic=1,dnc=1", "nabla", None)])
 def test_which_rows_of_the_paper_are_shown(base, reward, method, want, capsys):
     before, other = measurement(seed=0), measurement(seed=1)
     result = metrics.paper_protocol(before, before, other, base=base, reward=reward, method=method)
@@ -188,7 +191,8 @@ def test_one_command_evaluates_a_lora_of_the_authors_code(rank, tmp_path, monkey
         clip = CLIP(32, {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14},
                     {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}).eval()
         folder = write_folder(tmp_path / "weights", "diffsplat-pixart")
-        net = r2d3.load_base(r2d3.resolve(r2d3.Config(base="diffsplat-pixart", weights=str(folder), device="cpu")), "cpu").net
+        config = r2d3.resolve(r2d3.Config(base="diffsplat-pixart", weights=str(folder), device="cpu"))
+        net = r2d3.load_base(config, "cpu").net
         lora = {}
         for name, layer in net.named_modules():
             if name.endswith((".to_q", ".to_v", "proj_out")):
@@ -199,8 +203,9 @@ def test_one_command_evaluates_a_lora_of_the_authors_code(rank, tmp_path, monkey
     monkeypatch.setattr(r2d3.DiffSplat, "eval_size", property(lambda self: 28, lambda self, size: None), raising=False)
     (tmp_path / "test.txt").write_text("a red cube\na blue lamp with two arms", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", [
-        "r2d3.py", "evaluate", "--base", "diffsplat-pixart", "--weights", str(folder), "--reward", "dnc", "--protocol", "paper",
-        "--run", str(tmp_path / "pytorch_lora_weights.safetensors"), "--test-prompts", str(tmp_path / "test.txt"),
+        "r2d3.py", "evaluate", "--base", "diffsplat-pixart", "--weights", str(folder), "--reward", "dnc",
+        "--protocol", "paper", "--run", str(tmp_path / "pytorch_lora_weights.safetensors"),
+        "--test-prompts", str(tmp_path / "test.txt"),
         "--samples-per-prompt", "3", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "out")])
     assert r2d3.main() == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
