@@ -11,17 +11,34 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bases import close, data, weights
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
 from r2d3 import Cond, NoiseSchedule, UserError, seeded  # noqa: E402
-from support import published  # noqa: E402
+from support import published, scorers  # noqa: E402
 
 NAME = "diffsplat-sd35"
 TABLES = load_file(ROOT / "tests/data/sd3_schedule.safetensors")
 REAL = json.loads((ROOT / "tests/data/sd3_real.json").read_text(encoding="utf-8"))
+
+
+def data(name):
+    """A recording, and the configuration of what made it."""
+    path = ROOT / f"tests/data/{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        return load_file(path), json.loads((file.metadata() or {}).get("config", "{}"))
+
+
+def weights(tensors, prefix="sd."):
+    return {name.removeprefix(prefix): value.float() for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def close(got, want, tolerance):
+    """The shapes are the same, and no element differs by more than a share of the largest one."""
+    return got.shape == want.shape and ((got - want).abs().max() <= tolerance * want.abs().max()).item()
 
 
 def flow(sigma, **more):
@@ -440,3 +457,165 @@ def test_the_published_network_fits():
     assert len(shapes) == REAL["vae_tensors"] and REAL["vae_shapes"].items() <= shapes.items()
     assert sum(weight.numel() for weight in autoencoder.parameters()) == REAL["vae_parameters"] == 83_840_428
     assert autoencoder.config.shift_factor == 0.0609 and autoencoder.config.scaling_factor == 1.5305
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def test_match_weights_of_a_flow():
+    """Every matching of v has the same zero, v* = v_ref - (beta w / k_v) g; "eps" and "v" compare what they are named for."""
+    schedule, table = recorded("euler20")
+    i = torch.arange(19)                                        # the last step has no score and is not trained
+    for time_weight, power in (("squared", 2), ("none", 0)):
+        target = 3.0 * schedule.alpha[i + 1] ** power / table["k_v"][:19]
+        for matching, want in (("v", torch.ones(19).double()), ("eps", 1 - table["sigma_t"][:19]), ("score", table["k_v"][:19]),
+                               ("kl", (table["k_v"] * table["std"])[:19])):
+            c, weight = r2d3.match_weights(schedule, i, beta=3.0, matching=matching, time_weight=time_weight)
+            assert c.isfinite().all() and weight.isfinite().all()
+            assert close(c, want, 1e-12) and (weight - want * target).abs().max() < 1e-12 * want.max()
+    everywhere = r2d3.match_weights(schedule, torch.arange(20), beta=3.0, matching="v", time_weight="squared")[1]
+    assert everywhere.isfinite().all() and everywhere[-1] == 0
+    vp = NoiseSchedule.from_diffusers("dpm", 20)                # and a VP base seen as a flow is weighed in eps as it was
+    total = vp.alpha + vp.sigma
+    same = NoiseSchedule(vp.timesteps, vp.alpha / total, vp.sigma / total, prediction="v")
+    i = torch.arange(20)
+    assert close(vp.k(i) * total[1:], same.k(i) / same.alpha[i], 1e-10)     # scores are those of x / total
+    for matching in ("eps", "v"):
+        c, mine = (r2d3.match_weights(one, i, beta=1.0, matching=matching, time_weight="none")[0] for one in (vp, same))
+        assert close(c * (1 if matching == "eps" else vp.alpha[i]), mine / same.alpha[i] ** (matching == "eps"), 1e-12)
+
+
+def test_which_steps_are_trained():
+    """Never the one without noise, whatever --last-step says; the baselines that need no density may."""
+    schedule = NoiseSchedule.from_diffusers("dpm", 28, flow_shift=3.0)
+    for last_step, want in (("always", True), ("never", False)):
+        config = r2d3.resolve(r2d3.Config(base=NAME, last_step=last_step, device="cpu", fraction=0.9))
+        picked = [r2d3.pick_steps(config, schedule, seeded(n)) for n in range(20)]
+        assert all(27 not in steps and (26 in steps) == want and len(set(steps)) == 24 for steps in picked)
+    for method, want in (("draft", {27}), ("refl", set(range(21, 28)))):
+        config = r2d3.resolve(r2d3.Config(base=NAME, method=method, device="cpu"))
+        assert {step for n in range(99) for step in r2d3.pick_steps(config, schedule, seeded(n))} == want
+
+
+def test_settings_by_default():
+    config = r2d3.resolve(r2d3.Config(base=NAME, device="cpu"))
+    assert (config.matching, config.sampler, config.steps, config.recipe) == ("v", "dpm", 28, "paper")
+    assert config.estimator == "step" and config.branch == "guided" and config.reg_weight == 1.0
+    config = r2d3.resolve(r2d3.Config(base=NAME, matching="score", sampler="euler", device="cpu"))
+    assert config.matching == "score" and config.sampler == "euler"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The published base at the recorded sizes."""
+    _, net = data("sd3_mv")
+    _, autoencoder = data("sd3_vae")
+    autoencoder |= {"in_channels": 12, "out_channels": 12, "sample_size": 16}
+    monkeypatch.setitem(published.PUBLISHED, NAME, published.PUBLISHED[NAME] | {
+        "net_config": net | {"_class_name": "SD3Transformer2DModel"}, "vae_config": autoencoder, "text_dim": 40,
+        "pooled_dim": 24})
+
+
+def run(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["r2d3.py", *map(str, arguments)])
+        return r2d3.main()
+
+
+def write_base(folder):
+    """The published layout: the recorded network, VAE and text encoders, whose widths fit."""
+    net, _ = network("sd3_mv")
+    torch.manual_seed(0)
+    config = dict(net.config) | {"joint_attention_dim": 48, "pooled_projection_dim": 40}
+    net = published.build(config | {"_class_name": "SD3Transformer2DModel"})
+    part = folder / "gsdiff_gobj83k_sd35m__render/checkpoints/013020/transformer_ema"
+    net.save_pretrained(part)
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    (part / "config.json").write_text(json.dumps(config | {"_class_name": "SD3TransformerMV2DModel", "in_channels": 16,
+                                                           "view_concat_condition": False}), encoding="utf-8")
+    autoencoder, _ = vae()
+    file = folder / "gsvae_gobj265k_sd3/checkpoints/039030/model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({f"vae.{name}": value.contiguous() for name, value in autoencoder.state_dict().items()}, file)
+    (folder / "vae").mkdir()
+    about = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
+    (folder / "vae/config.json").write_text(json.dumps(about | {"sample_size": 16}), encoding="utf-8")
+    return write_text(folder)
+
+
+@pytest.fixture
+def small_clip(monkeypatch):
+    """What evaluations measure with, tiny and untrained."""
+    import open_clip
+
+    def clip(*unused, dim=768, **more):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return open_clip.model.CLIP(dim, {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14},
+                                        {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}).eval()
+
+    load = published.load
+    monkeypatch.setattr(published, "load", lambda *args: load(*args) | {"eval_size": 28})
+    monkeypatch.setattr(scorers, "load_clip", clip)
+    monkeypatch.setattr(open_clip, "create_model", clip)
+
+
+def test_the_whole_job(small_clip, tmp_path, capsys):
+    """From a folder in the published layout: training, resume, evaluation, samples by the published sampler."""
+    folder, out = write_base(tmp_path / "weights"), tmp_path / "run"
+    (tmp_path / "train.txt").write_text("a red lamp\na blue cube\na lamp with two arms")
+    (tmp_path / "test.txt").write_text("a red cube")
+    common = ["--base", NAME, "--weights", folder, "--reward", "colorfulness", "--out", out, "--prompts", tmp_path / "train.txt",
+              "--test-prompts", tmp_path / "test.txt", "--batch-size", 2, "--steps", 4, "--view-size", 16, "--views", 2,
+              "--samples-per-prompt", 1, "--fraction", 0.6, "--device", "cpu"]
+    assert run(*common, "--epochs", 1) == 0, capsys.readouterr().err
+    assert run(*common, "--epochs", 2, "--resume") == 0, capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert (config["guidance"], config["matching"], config["sampler"], config["lora_rank"]) == (5.0, "v", "dpm", 16)
+    state = torch.load(out / "checkpoint/state.pt", weights_only=True)
+    trained = {name.split(".lora_B")[0] for name, value in state["lora"].items() if "lora_B" in name and value.abs().max() > 0}
+    layers = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out proj_out".split()
+    assert {layer for layer in layers if any(name.endswith(f".{layer}") for name in trained)} == set(layers)
+    assert all(name.endswith(tuple(f".{layer}" for layer in layers)) for name in trained)
+    assert all(torch.isfinite(value).all() for value in state["lora"].values())
+    assert run("evaluate", "--run", out, "--samples-per-prompt", 1) == 0, capsys.readouterr().err
+    for sampler in ("dpm", "euler"):
+        assert run("sample", "--run", out, "--prompts", "a red lamp", "--sampler", sampler, "--samples-per-prompt", 1,
+                   "--out", tmp_path / sampler) == 0
+    one, other = (tmp_path / sampler / "a-red-lamp-seed0-0.ply" for sampler in ("dpm", "euler"))
+    assert one.read_bytes() != other.read_bytes()
+    assert run(*common[:-2], "--device", "cpu", "--sampler", "euler", "--out", tmp_path / "no") == 2
+    error = capsys.readouterr().err
+    assert "draws none; train with dpm, then sample" in " ".join(error.split()) and not (tmp_path / "no").exists()
+
+
+def test_cost(small, monkeypatch, capsys):
+    """With random weights: at the recorded size for real, at the published one counted without memory, and says so."""
+    arguments = ["cost", "--base", NAME, "--weights", "random", "--reward", "dnc", "--steps", "4", "--view-size", "16",
+                 "--fraction", "0.6", "--device", "cpu"]
+    assert run(*arguments) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    tiny = json.loads(printed[printed.index("{"):])
+    assert tiny["device"] == "CPU" and tiny["seconds"]["all"] > 0 and tiny["judged"] == 1
+    monkeypatch.undo()
+    assert run(*arguments, "--lora-rank", 8) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    real = json.loads(printed[printed.index("{"):])
+    assert "counted only" in real["device"] and "seconds" not in real
+    modules, attention = REAL["lora_rank_8"]["attention_only"]
+    output_layer = 8 * (1536 + 64)
+    assert real["parameters"] == {"net": 2_243_208_384, "vae": 83_840_428, "LoRA, trained": attention + output_layer}
+    assert modules == 243
+
+
+def test_random_weights_are_the_same_everywhere(small):
+    first, second = (r2d3.load_base(r2d3.resolve(r2d3.Config(base=NAME, weights="random", device="cpu")), "cpu")
+                     for _ in range(2))
+    assert all(torch.equal(value, second.net.state_dict()[name]) for name, value in first.net.state_dict().items())
+    one, two = (base.encode(["a lamp", "a chair"]) for base in (first, second))
+    assert one.mask is None and one.embeds.shape == (2, 333, 40) and one.pooled.shape == (2, 24)
+    assert torch.equal(one.embeds, two.embeds) and torch.equal(one.pooled, two.pooled) and not torch.equal(*one.pooled)
+    picked = one[torch.tensor([1, 0])]
+    assert torch.equal(picked.pooled, one.pooled.flip(0)) and picked.mask is None
+    both = first.predict(torch.zeros(2, *first.latent_shape), torch.tensor([500.0, 500.0]), one)
+    assert both.shape == (2, 4, 16, 8, 8) and not close(both[1], both[0], 1e-3)
