@@ -318,11 +318,11 @@ def test_a_trajectory_is_the_recorded_one(monkeypatch):
     base = splat(net, vae()[0])
     base.plucker = d["plucker_small"]
     noises = iter([d["latents"][0][None], *torch.randn(8, 1, 4, 16, 8, 8)])     # the latter count for nothing
-    monkeypatch.setattr(torch, "randn", lambda *shape, generator: next(noises).reshape(shape))
+    monkeypatch.setattr(r2d3, "noise_like", lambda x, generators: next(noises))
     cond = Cond(d["prompt_embeds"], None, d["pooled"])
     null = Cond(d["negative_prompt_embeds"], None, d["negative_pooled"])
     schedule = base.schedule("euler", 8)
-    got = r2d3.rollout(base, schedule, cond, null, 5.0, None)
+    got = r2d3.rollout(base, schedule, cond, null, 5.0, [None])
     for step in range(8):
         assert close(got.x[0, step + 1], d["latents"][step + 1], 1e-5), step
         uncond, text = d["model_outputs"][step].split(4)
@@ -451,7 +451,7 @@ def test_the_published_network_fits():
                    {"proj_out.bias": torch.empty(63, device="meta")}):
         name, = change
         damaged = {key: change.get(key, value) for key, value in wanted.items() if change.get(key, value) is not None}
-        with pytest.raises(UserError, match=f"do not fit SD3Transformer2DModel.*{name}"):
+        with pytest.raises(UserError, match=f"do not fit SD3Transformer.*{name}"):
             published.read_network(about["net_config"], damaged, "here")
     shapes = {name: list(value.shape) for name, value in autoencoder.state_dict().items()}
     assert len(shapes) == REAL["vae_tensors"] and REAL["vae_shapes"].items() <= shapes.items()
@@ -587,6 +587,56 @@ def test_the_whole_job(small_clip, tmp_path, capsys):
     assert run(*common[:-2], "--device", "cpu", "--sampler", "euler", "--out", tmp_path / "no") == 2
     error = capsys.readouterr().err
     assert "draws none; train with dpm, then sample" in " ".join(error.split()) and not (tmp_path / "no").exists()
+
+
+def test_damaged_folders(tmp_path, capsys):
+    """What is wrong with a folder is one sentence; a network that starts from a picture is not taken for this one."""
+    folder = write_base(tmp_path / "weights")
+    file = next(folder.glob("gsdiff*/checkpoints/*/transformer_ema/*.safetensors"))
+    whole = load_file(file)
+
+    def error(tensors):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+        with pytest.raises(UserError) as found:
+            r2d3.load_base(r2d3.resolve(r2d3.Config(base=NAME, weights=str(folder), device="cpu")), "cpu")
+        assert "\n" not in str(found.value)
+        return str(found.value)
+
+    key = "transformer_blocks.0.attn.add_q_proj.weight"
+    for name, change in (("pos_embed.pos_embed", None), (key, None), (key, whole[key][:-1])):
+        kept = {other: value for other, value in whole.items() if other != name} | ({} if change is None else {name: change})
+        assert "do not fit SD3Transformer" in error(kept) and name in error(kept)
+    mask = torch.zeros_like(whole["pos_embed.proj.weight"][:, :1])
+    image = {"pos_embed.proj.weight": torch.cat([whole["pos_embed.proj.weight"], mask], 1)}
+    assert "takes 23 channels; diffsplat-sd35 takes 16 of the latent and 6 of Pluecker rays" in error(whole | image)
+    save_file(whole, file)
+    assert r2d3.load_base(r2d3.resolve(r2d3.Config(base=NAME, weights=str(folder), device="cpu")), "cpu").guidance == 5.0
+    place = folder / "gsdiff_gobj83k_sd35m__render"
+    place.rename(folder / "gsdiff_gobj83k_sd35m_image__render")
+    assert run("--base", NAME, "--weights", folder, "--out", tmp_path / "out", "--device", "cpu") == 2
+    assert "there is no gsdiff_gobj83k_sd35m__render/checkpoints" in capsys.readouterr().err
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path, capsys):
+    """One network and one VAE of a repository that has many; without a network, one sentence with the size."""
+    from fnmatch import fnmatch
+
+    import huggingface_hub
+    asked = []
+
+    def offline(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert run("--base", NAME, "--out", tmp_path / "out", "--device", "cpu") == 2
+    assert "diffsplat-sd35" in (error := capsys.readouterr().err) and "22 GB" in error
+    (repo, patterns), = asked
+    names = ["gsvae_gobj265k_sd", "gsvae_gobj265k_sdxl_fp16", "gsvae_gobj265k_sd3", "gsdiff_gobj83k_sd15__render",
+             "gsdiff_gobj83k_sd35m__render", "gsdiff_gobj83k_sd35m_image__render", "gsrecon_gobj265k_cnp_even4"]
+    files = [f"{name}/checkpoints/013020/{part}" for name in names for part in ("model.safetensors", "transformer_ema/config.json")]
+    taken = {file.split("/")[0] for file in files if any(fnmatch(file, pattern) for pattern in patterns)}
+    assert repo == "chenguolin/DiffSplat" and taken == {"gsvae_gobj265k_sd3", "gsdiff_gobj83k_sd35m__render"}
 
 
 def test_cost(small, monkeypatch, capsys):
