@@ -310,7 +310,7 @@ def test_text_is_clips_padded_to_77_and_the_null_is_zero(folder):
     parts = gaussiancube.load(str(folder), "cpu")
     base = GaussianCube(**parts, device="cpu")
     base.prepare(["a red lamp", ""])
-    embeds, mask = base.encode(["a red lamp", "", "a blue cube with two arms"])
+    embeds, mask, _ = base.encode(["a red lamp", "", "a blue cube with two arms"])
     assert embeds.shape == (3, 77, 24) and mask is None and embeds.dtype == torch.float32
     assert embeds[1].abs().max() == 0 and embeds[0].abs().max() > 0 and not torch.equal(embeds[0], embeds[2])
 
