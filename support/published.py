@@ -179,6 +179,8 @@ def build_both(base: str) -> tuple[nn.Module, nn.Module]:
 
 def count(base: str, add_lora: Callable[[nn.Module, list[str]], nn.Module]) -> dict | None:
     """Parameters of a base that is too large to be run on a CPU (above 1e9), counted without memory; None of others."""
+    if "net_config" not in PUBLISHED.get(base, {}):
+        return None
     with torch.device("meta"):
         net, vae = build_both(base)
         if net.num_parameters() < 1e9:
