@@ -223,7 +223,8 @@ def local_files(root: Path) -> dict[str, Path]:
 def download() -> dict[str, Path]:
     """The three files in the Hugging Face cache; what is not there yet is fetched, with progress bars."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    files, size = {part: f"v1.1/{name}" for part, name in FILES.items()}, published.PUBLISHED["gaussiancube"]["download"]
+    files = {part: f"v1.1/{name}" for part, name in FILES.items()}
+    size = published.PUBLISHED["gaussiancube"]["download"]
     if not all(isinstance(try_to_load_from_cache(REPO, file), str) for file in files.values()):
         print(f"fetching gaussiancube from {REPO}, once: 1.4 GB, and 1.7 GB when CLIP first encodes prompts")
     try:
