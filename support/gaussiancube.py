@@ -22,7 +22,6 @@ from support import UserError, published
 
 REPO = "BwZhang/GaussianCube-Objaverse"
 FILES = {"net": "objaverse_ckpt.pt", "mean": "mean.pt", "std": "std.pt"}     # 1.36 GB and twice 4 MB, in v1.1/
-DOWNLOAD = "3 GB"   # with the text encoder, openai/clip-vit-large-patch14
 SIZE = 32           # voxels along a side of the published grid
 # What configs/objaverse_text_cond.yml says; the hub has no configuration file.
 CONFIG = {"channels": 14, "width": 128, "multipliers": [1, 2, 3, 4], "res_blocks": 3, "attention_levels": [2, 3],
@@ -222,13 +221,17 @@ def local_files(root: Path) -> dict[str, Path]:
 
 
 def download() -> dict[str, Path]:
-    """The three files in the Hugging Face cache."""
-    from huggingface_hub import hf_hub_download
+    """The three files in the Hugging Face cache; what is not there yet is fetched, with progress bars."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    files = {part: f"v1.1/{name}" for part, name in FILES.items()}
+    size = published.PUBLISHED["gaussiancube"]["download"]
+    if not all(isinstance(try_to_load_from_cache(REPO, file), str) for file in files.values()):
+        print(f"fetching gaussiancube from {REPO}, once: 1.4 GB, and 1.7 GB when CLIP first encodes prompts")
     try:
-        return {part: Path(hf_hub_download(REPO, f"v1.1/{name}")) for part, name in FILES.items()}
+        return {part: Path(hf_hub_download(REPO, file)) for part, file in files.items()}
     except Exception as error:
         raise UserError("the weights of gaussiancube are not here and could not be fetched "
-                        f"({type(error).__name__}): about {DOWNLOAD}, once, or --weights DIR\n"
+                        f"({type(error).__name__}): about {size}, once, or --weights DIR\n"
                         "      leave out --base to run now, with the embedded base") from None
 
 

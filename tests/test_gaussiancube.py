@@ -168,7 +168,7 @@ def test_sampler_steps_are_the_recorded_ones(base, recorded):
         mean, std = schedule.transition(x, eps, i)
         got, x = mean + std * recorded["sde5.noise"][i:i + 1], recorded["sde5.prev"][i:i + 1]
         errors.append((got - x).abs().max().item())
-    assert errors[0] < 2e-4 and max(errors[1:]) < 1e-5, errors              # recorded: 6e-5, then 2e-6
+    assert errors[0] < 3e-4 and max(errors[1:]) < 5e-5, errors              # measured 6e-5, then up to 9e-6
 
 
 def test_cameras_see_what_the_published_ones_see(base, recorded):
@@ -284,7 +284,7 @@ def test_what_is_wrong_with_a_folder_is_one_sentence(folder, tmp_path, capsys, f
     assert "ran" not in capsys.readouterr().out                             # no code from pickles
 
 
-def test_no_folder_and_no_network(tmp_path, monkeypatch):
+def test_no_folder_and_no_network(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="there is no such folder"):
         gaussiancube.load(str(tmp_path / "nowhere"), "cpu")
     import huggingface_hub
@@ -297,6 +297,7 @@ def test_no_folder_and_no_network(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="about 3 GB, once, or --weights DIR"):
         gaussiancube.load(None, "cpu")
     assert asked == [("BwZhang/GaussianCube-Objaverse", "v1.1/objaverse_ckpt.pt")]
+    assert "once: 1.4 GB, and 1.7 GB" in capsys.readouterr().out
 
 
 def test_hub_files_are_read_from_where_they_were_put(folder, monkeypatch):
