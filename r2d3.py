@@ -31,11 +31,12 @@ network with the LoRA switched off, eps_old what eps_theta predicted during the 
     residual = -k_t (eps_theta - eps_ref) - beta w(s) g     inside E4, where x_s and x_t cancel;        (E6)
                                                             k_t = c0 sigma_t / (alpha_t std^2)
     g        = grad_{x_s} R(x0(x_s))                        estimator "step": as published              (E7)
-    g        = grad_{x_s} < x0(x_s), u >                    estimator "sample": u = grad R(x_0) is      (E8)
-                                                            asked for once per object
+    g        = grad_{x_s} < x0(x_s), u >                    estimator "sample": u = grad R at the       (E8)
+                                                            trajectory's end, asked for once per object
 
-R is the reward of decoded, rendered latents, averaged over cameras; w(s) is a weight per noise level. So the
-loss is a weighted regression of eps_theta to eps_ref - (beta w / k) g, and the method is a page long.
+R is the reward of decoded, rendered latents, averaged over cameras; w(s) is a weight per noise level. g is a
+constant of the loss: no gradient flows through it to theta, it only moves the target. So the loss is a
+weighted regression of eps_theta(x_t) to eps_ref(x_t) - (beta w / k) g, and `nabla_step` is the whole method.
 
 The file's sections, each of which says what it needs, so that it can be lifted out:
 
@@ -43,10 +44,10 @@ The file's sections, each of which says what it needs, so that it can be lifted 
     3 cameras          6 bases             9 the loss          12 evaluate
     4 Gaussians        7 rewards          10 the baselines     13 command line
 
-kernels/ holds the two operators that the time goes into, support/ what is not the method (files, published
-networks, metrics, pages). To copy the loss alone, take NoiseSchedule, reward_gradient, match_weights,
-nabla_loss, predict_both, guide, per_sample and kernels/matching.py; the README shows it on twenty lines of
-somebody else's code.
+kernels/ holds the two fused operators that dominate the run time (rasteriser and loss), support/ what is not
+the method (files, published networks, metrics, pages). To copy the loss alone, take NoiseSchedule,
+per_sample, reward_gradient, match_weights, nabla_loss, pick_transitions and kernels/matching.py; the README
+shows it on twenty lines of somebody else's code.
 
     python r2d3.py --reward aesthetic             # minutes on two CPU cores, no weights are downloaded
     python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
@@ -65,6 +66,7 @@ import os
 import re
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -86,8 +88,9 @@ from support.metrics import Features, Measurement
 from support.run import load_lora, load_prompts, phase
 
 # Letters in shapes: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T steps of
-# the sampler, C h w one view of the latent, H W pixels, L words, D features. `i` is a place on the sampler's
-# grid: step i goes from grid point i (noise level t) to grid point i + 1 (noise level s).
+# the sampler, P prompts, S objects per prompt, C h w one view of the latent, H W pixels, L tokens, D
+# features. `i` is a place on the sampler's grid: step i goes from grid point i (noise level t) to grid point
+# i + 1 (level s). What the network is told of a noise level is its timestep; schedule.t(i) gives it.
 
 HERE = Path(__file__).resolve().parent
 
@@ -95,8 +98,8 @@ HERE = Path(__file__).resolve().parent
 # -----------------------------------------------------------------------------------------------------------
 # 2. Config
 # Every setting of a run. The command line and --help are made from this text: a comment of the form
-# "[commands] heading" begins a group, and what stands behind a field is its help. A default of None means "by
-# base, recipe and reward", see PRESETS.
+# "[commands] heading" begins a group, and what stands behind a field is its help. A default of None is filled
+# in by `resolve` from PRESETS, by base, recipe and reward. Needs: support.cli, support.run.
 # -----------------------------------------------------------------------------------------------------------
 
 BaseName = Literal["shapes", "diffsplat-pixart", "diffsplat-sd15", "diffsplat-sd35", "gaussiancube"]
@@ -110,67 +113,83 @@ class Config:
     base: BaseName = "shapes"  # the 3D diffusion model; shapes is embedded in this repository, the others are
     #   downloaded once
     weights: str | None = None  # a folder laid out like the published repository; for shapes a file; "random"
-    #   builds the full-size network untrained, to measure what it costs
-    precision: Literal["bf16", "float32"] = "bf16"  # of a published base's frozen denoiser on a GPU;
-    #   gaussiancube is float32 always
-    checkpoint: bool = False  # save memory: compute the activations of denoiser and scorers twice
+    #   builds the full-size networks untrained, the scorers as well, to measure what they cost
+    precision: Literal["bf16", "float32"] = "bf16"  # number format of the frozen denoiser, on a GPU and for
+    #   the diffsplat bases; the others are float32 always
+    checkpoint: bool = False  # gradient checkpointing in denoiser and scorers: less memory, more time
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu
-    backend: Literal["torch", "triton"] | None = None  # of the kernels; by default triton on a GPU
+    backend: Literal["torch", "triton"] | None = None  # which implementation of the two kernels to use; by
+    #   default triton on a GPU
     seed: int = 0  # everything random in a run follows from it
     # [train sample evaluate cost] Sampling
-    sampler: Literal["dpm", "ddim", "euler"] | None = None  # dpm is first-order SDE-DPM-Solver++, ddim is
-    #   DDIM with eta 1; euler draws no noise: a rectified flow samples with it, and trains with the others
+    sampler: Literal["dpm", "ddim", "euler"] | None = None  # which grid of noise levels is walked: SDE-DPM-
+    #   Solver++'s of first order, or DDIM's with eta 1; euler draws no noise: a rectified flow samples with
+    #   it, and trains with the others
     steps: int | None = None  # steps of the sampler
-    guidance: float | None = None  # scale of classifier-free guidance, in sampling, loss and reward gradient
+    guidance: float | None = None  # scale of classifier-free guidance, by default the base's own; the loss
+    #   uses it with --branch guided only
     # [train sample cost] Prompts
     prompts: str | None = None  # what to train on or to make: a text file with one prompt a line, a prompt,
     #   or a style of the HPDv2 benchmark, such as hpdv2:photo
     # [train evaluate cost] The reward
-    reward: str = "aesthetic"  # aesthetic, hpsv2, normal, dnc; a scorer by name: laion, hps-v2.1, hps-v2.0,
-    #   marigold, colorfulness; your own, my_file.py:my_function; or a weighted sum, aesthetic=1,dnc=0.3
+    reward: str = "aesthetic"  # aesthetic, hpsv2 (agreement with the prompt), normal (rendered normals agree
+    #   with estimated ones), dnc (rendered normals agree with the depth); for shapes the first three are
+    #   small embedded stand-ins, aesthetic being colourfulness. Or a scorer by name: laion, hps-v2.1,
+    #   hps-v2.0, marigold, colorfulness; your own, my_file.py:my_function; a weighted sum,
+    #   aesthetic=1,dnc=0.3
     # [train cost] How the reward sees objects during training
-    views: int | None = None  # pictures per object and evaluation of the reward
+    views: int | None = None  # pictures per object each time the reward is asked
     view_size: int | None = None  # side of such a picture in pixels
-    elevation_jitter: float = 20.0  # cameras are raised or lowered by up to this many degrees (half-width)
-    azimuth_jitter: float = 60.0  # cameras are turned by up to this many degrees either way (half-width)
+    elevation_jitter: float = 20.0  # half-width: cameras are raised or lowered by up to this many degrees
+    azimuth_jitter: float = 60.0  # half-width: cameras are turned by up to this many degrees either way
     # [train cost] Training
     method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or one of the paper's baselines
-    recipe: Literal["paper", "fast"] | None = None  # paper: estimator, matching, branch, weights as
-    #   published; fast: what works best on shapes. Options given beside it win. By default fast for shapes,
-    #   else paper
+    recipe: Literal["paper", "fast"] | None = None  # defaults for estimator, matching, branch, time weight,
+    #   last step, skip-below and reg-weight: as in the paper, or what worked best on shapes; what is given
+    #   wins
     batch_size: int | None = None  # objects sampled per epoch and process
-    updates_per_epoch: int | None = None  # optimiser steps, among which an epoch's transitions are divided
-    micro_batch: int | None = None  # transitions in one forward and backward pass: less takes less memory
+    updates_per_epoch: int | None = None  # optimiser steps per epoch; the steps of the sampler that are
+    #   picked for training are dealt out among them
+    micro_batch: int | None = None  # picked steps in one forward and backward pass: less takes less memory
     lr: float | None = None  # learning rate of AdamW
-    lora_rank: int | None = None  # rank of the LoRA, whose scale is 1
-    draft_steps: int = 1  # K of the baseline DRaFT-K, sampler steps that carry a gradient; 0 is DRaFT-LV
+    lora_rank: int | None = None  # rank of the LoRA; its alpha is the same, so its scale is 1
+    draft_steps: int = 1  # for --method draft: differentiate through the last K steps of the sampler; 0 is
+    #   DRaFT-LV, the last step with several noises
     # [train cost] The loss of nabla-R2D3
-    beta: float | None = None  # the dial: strength of the reward against the prior (E4)
-    reg_weight: float | None = None  # lambda (E5): how strongly an epoch's updates are held to its rollout
-    estimator: Literal["step", "sample", "identity"] | None = None  # of the reward gradient: asked at every
-    #   trained step (E7), once per object and pulled back through the network (E8), or used as it is
-    matching: Literal["score", "kl", "eps", "v"] | None = None  # in which space the residual is measured:
-    #   score is E4 as published; the others weigh noise levels more evenly
-    branch: Literal["guided", "conditional"] | None = None  # which prediction is matched
-    time_weight: Literal["squared", "linear", "none"] | None = None  # w(s): alpha_s squared, alpha_s, or 1
+    beta: float | None = None  # the dial: strength of the reward against the prior; about 1e3 for shapes, 1e6
+    #   to 1e7 for the paper's bases
+    reg_weight: float | None = None  # lambda: penalty on moving away from what the epoch's rollout predicted
+    estimator: Literal["step", "sample", "identity"] | None = None  # of the reward gradient. step: the reward
+    #   is asked at every trained step (as published); sample: once per object, and pulled back through the
+    #   network; identity: the sample's gradient, unchanged
+    matching: Literal["score", "kl", "eps", "v"] | None = None  # how the loss weighs noise levels: score as
+    #   published, where the last step outweighs all others; kl, eps and v are more even
+    branch: Literal["guided", "conditional"] | None = None  # match the guided prediction, as published, or
+    #   the conditional one alone, at half the cost
+    time_weight: Literal["squared", "linear", "none"] | None = None  # weight of the reward by noise level:
+    #   alpha squared, alpha or 1; at high noise the one-step estimate, and so the gradient, is poor
     fraction: float = 0.4  # share of each trajectory's steps that is trained
-    last_step: Literal["always", "stratified", "never"] | None = None  # is the sampler's last step trained
-    skip_below: float | None = None  # no reward gradient at levels whose target weight is below this share of
-    #   the largest; they are still held to the base
-    min_quantile: float | None = None  # leave out this share of the training prompts, where the base scores
-    #   worst
+    last_step: Literal["always", "stratified", "never"] | None = None  # train the sampler's last step: in
+    #   every trajectory, as often as any other, or never
+    skip_below: float | None = None  # do without a reward gradient at noise levels where it would move the
+    #   target by less than this share of the largest level's; saves passes of the network
+    min_quantile: float | None = None  # leave out this share of the training prompts: those that the
+    #   untouched base scores worst on
     # [train] The run
     epochs: int | None = None  # rounds of sampling and updating
     resume: bool = False  # go on from the last checkpoint in --out; with more --epochs, train longer
-    # [train evaluate] What is measured
+    # [train evaluate] What is measured, before and after
     test_prompts: str | None = None  # prompts that are never trained on, given like --prompts
-    eval_prompts: int | None = None  # measure on only so many of them, the first
+    eval_prompts: int | None = None  # use only the first so many of them
     # [train sample evaluate] Making objects
-    out: str | None = None  # folder to write to; by default runs/BASE-REWARD-seedSEED, or inside the --run
-    samples_per_prompt: int | None = None  # objects per prompt; by default 4, for evaluate 32
+    out: str | None = None  # folder to write to; by default named after base, reward, method and seed in
+    #   runs/, or inside the --run
+    samples_per_prompt: int | None = None  # objects per prompt, when measuring too; by default 4, for
+    #   evaluate 32
     eval_batch: int = 60  # objects sampled at once outside of training: less takes less memory
     # [sample evaluate] A fine-tuned model
-    run: str | None = None  # a run's folder, whose settings and LoRA are used; or a LoRA file or folder
+    run: str | None = None  # a run's folder: its LoRA is used, and its settings but for output, prompts, seed
+    #   and numbers of objects; or only a LoRA (file or folder), with the settings given here
     # [evaluate] Which metrics
     protocol: Literal["paper"] | None = None  # paper: also reward, multi-view FID and multi-view CLIP
     #   similarity as the paper averages them, beside its own numbers
@@ -190,19 +209,18 @@ PAPER_REG_WEIGHT = {"aesthetic": 3e3, "laion": 3e3,
 # released code and in an ablation, 1e7 in one sentence); 2e6 is taken.
 PAPER = {
     "": {"recipe": "paper", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 100, "batch_size": 16,
-         "updates_per_epoch": 4, "micro_batch": 2, "lr": 1e-4, "beta": 1e6, "views": 4, "view_size": 512,
-         "min_quantile": 0.0},
+         "updates_per_epoch": 4, "micro_batch": 2, "lr": 1e-4, "beta": 1e6, "views": 4, "view_size": 512},
     "aesthetic": {"beta": 2e6}, "laion": {"beta": 2e6},
     "hpsv2": {"beta": 1e7}, "hps-v2.1": {"beta": 1e7}, "hps-v2.0": {"beta": 1e7},
     "normal": {"min_quantile": 0.2}, "marigold": {"min_quantile": 0.2}, "dnc": {"min_quantile": 0.2},
 }
-# By base; what stands under "" holds always, then come the recipe's settings and those by reward and by
-# method.
+# By base. Later ones win: what stands under "", the first reward named (a sum takes its beta), the recipe,
+# the method, and last what the user gives.
 PRESETS = {
     "shapes": {     # chosen from experiments/results/compare.jsonl
         "": {"recipe": "fast", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 6, "batch_size": 16,
              "updates_per_epoch": 16, "micro_batch": 16, "lr": 1e-3, "beta": 1000.0, "views": 2,
-             "view_size": 48, "min_quantile": 0.0},
+             "view_size": 48},
         "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},
         "draft": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 1, "lr": 2e-4},
         "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-3, "last_step": "never"},
@@ -216,7 +234,7 @@ PRESETS = {
                                "nabla": {"matching": "v", "reg_weight": 1.0}},
 }
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0     # of AdamW, and of all LoRA gradients together (paper)
-DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; else 1e-4
+DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; 1e-4 elsewhere
 
 
 def resolve(config: Config, command: str = "train") -> Config:
@@ -317,7 +335,7 @@ def sample_cameras(views: int, elevation_jitter: float, azimuth_jitter: float,
 
     The offsets are uniform within plus or minus `elevation_jitter` degrees around `elevation`, and plus or
     minus `azimuth_jitter` degrees. With fewer than four views the first one starts at a random quarter turn,
-    so that every side is seen in turn. Every object has a CPU generator. Returns c2w (B, V, 4, 4) and
+    so that every side gets seen. Every object has a CPU generator. Returns c2w (B, V, 4, 4) and
     fxfycxcy (B, V, 4).
     """
     u = 2 * torch.stack([torch.rand(2, generator=generator) for generator in generators]) - 1       # (B, 2)
@@ -350,7 +368,7 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
 
 # -----------------------------------------------------------------------------------------------------------
 # 4. Gaussians
-# Needs: nothing but kernels.rasterize and support.write_atomic.
+# Needs: kernels' Render and rasterize, support.write_atomic.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +410,10 @@ def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
 
 def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int,
            backend: str | None = None) -> Render:
-    """Square pictures on white of every object from its V cameras: image (B, V, 3, size, size) and so on."""
+    """Square pictures of every object from its V cameras, on white: a Render with image (B, V, 3, size, size)
+    in [0, 1]; alpha, depth and median_depth (B, V, 1, size, size); normal (B, V, 3, size, size) in camera
+    space.
+    """
     g = gaussians
     return rasterize(g.means, g.quats, g.scales, g.opacities, g.colors, c2w.to(g.means), fxfycxcy.to(g.means),
                      size, size, backend=backend)
@@ -424,7 +445,7 @@ def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
 # -----------------------------------------------------------------------------------------------------------
 # 5. NoiseSchedule
 # Every step of the sampler is one Gaussian transition; this class is all that the method knows of diffusion.
-# Needs: nothing. Timesteps and noise levels come from diffusers' schedulers.
+# Needs: torch; from_diffusers also diffusers, whose schedulers give timesteps and noise levels.
 #     x_t = alpha_t x0 + sigma_t eps,   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
 # A rectified flow is the case alpha = 1 - sigma, whose network predicts v = eps - x0.
 # -----------------------------------------------------------------------------------------------------------
@@ -522,8 +543,9 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 # -----------------------------------------------------------------------------------------------------------
 # 6. Bases
-# A base is a frozen 3D diffusion model. `Base` says what it must offer; DiffSplat is one, also at toy size.
-# Needs: sections 3, 4 and 5. The networks are stock diffusers; support/ loads them.
+# A base is a frozen 3D diffusion model. `Base` says what it must offer. `shapes` is DiffSplat with small
+# weights. Needs: sections 3, 4 and 5; load_base also Config and support/, which reads the networks
+# (diffusers' own, but for GaussianCube's); add_lora needs peft.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -542,7 +564,11 @@ class Cond(NamedTuple):
 
 
 class Base(Protocol):
-    """What a 3D diffusion model must offer. Subclass it; what has a value or a body here may stay."""
+    """What a 3D diffusion model must offer.
+
+    Subclass it: set net, lora_targets and latent_shape, and override encode, predict and decode; the rest may
+    stay as it is here. The LoRA goes onto `net` and stays there, so every training wants a fresh base.
+    """
 
     net: nn.Module                      # the frozen denoiser: the module that the LoRA goes on
     lora_targets: list[str]             # the layers of it that get one, by the ends of their names
@@ -553,15 +579,19 @@ class Base(Protocol):
     elevation: float = ELEVATION        # degrees, around which the reward's cameras are drawn
     radius: float = RADIUS              # their distance from the origin, about which objects are centred
     eval_size: int = 128                # side in pixels of the pictures of an evaluation
-    tower: nn.Module | None = None      # image-text network and normal estimator of the base's own, where the
-    normals: nn.Module | None = None    # published ones would not fit its pictures
+    tower: nn.Module | None = None      # image-text network (like CLIP) and normal estimator of the base's
+    #   own,
+    normals: nn.Module | None = None    # where the published ones would not fit its pictures
 
+    @abstractmethod
     def encode(self, prompts: list[str]) -> Cond:
-        """Prompts as `predict` takes them; [""] gives the unconditional half of guidance."""
+        """Prompts as `predict` takes them, of one length; [""] is the unconditional half of guidance."""
 
+    @abstractmethod
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The noise in x (B, *latent_shape) at timesteps t (B,), or v, as `schedule` says; like x."""
+        """The noise in x (B, *latent_shape) at timesteps t (B,), on the CPU; or v, if `schedule` says so."""
 
+    @abstractmethod
     def decode(self, x0: Tensor) -> Gaussians:
         """Clean latents (B, *latent_shape) as splats; differentiable."""
 
@@ -790,7 +820,7 @@ def add_lora(net: nn.Module, targets: list[str], rank: int, seed: int) -> nn.Mod
 # 7. Rewards
 # A reward is a function of pictures and prompts: reward(render, prompts) -> score (B, V), differentiable with
 # respect to the render. Its gradient is all that the method sees of it.
-# Needs: section 3; the published scorers, in support/, are networks of open_clip and diffusers.
+# Needs: section 3 and kernels.Render; load_reward also Base and support/, where the published scorers are.
 # -----------------------------------------------------------------------------------------------------------
 
 Reward = Callable[[Render, list[str]], Tensor]
@@ -968,7 +998,7 @@ def seeded(*numbers: int | str) -> torch.Generator:
     it, and sizes of batches and numbers of processes change memory and speed, not results beyond rounding.
     """
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))     # 56 bits: a seed has 63
 
 
 def noise_like(x: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -999,7 +1029,7 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
     The rest is drawn without replacement, in turn from four equal quarters of the remaining steps, starting
     at a random quarter, so that every noise level is trained about equally often for any number of steps.
     """
-    count = max(1, int(steps * fraction + 1e-9))
+    count = max(1, int(steps * fraction + 1e-9))        # 100 * 0.29 is 28.999...
     always = [steps - 1] if last_step == "always" else []
     end = steps if last_step == "stratified" else steps - 1
     quarters = [part[torch.randperm(len(part), generator=generator)].tolist()
@@ -1012,13 +1042,15 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 
 # -----------------------------------------------------------------------------------------------------------
 # 9. The loss
-# Residual nabla-DB, forward direction (Nabla-R2D3, arXiv 2506.15684; nabla-GFlowNet, arXiv 2412.07775).
+# Residual nabla-DB: detailed balance, as in GFlowNets, of gradients; of its terms the forward one alone,
+# which is what the paper uses (Nabla-R2D3, arXiv 2506.15684; nabla-GFlowNet, arXiv 2412.07775).
 #     code        symbol                                      code          symbol
 #     eps_*       eps_theta, the network with its LoRA        g             reward gradient at x_s (E7 or E8)
 #     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
-#     eps_old     what is matched, as the rollout had it      weight        beta w(s)
-# Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6).
-# Needs: section 5 and kernels.gradient_matching; the closures `predict` and `value` hide base and reward.
+#     eps_old     what the rollout predicted at x_t           weight        beta w(s)
+# Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6). Needs:
+# section 5 and kernels.gradient_matching, as far as nabla_loss: the closures `predict` and `value` hide base
+# and reward. From make_judge on, sections 2 to 8 and support.run.phase, which times what is inside it.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -1037,11 +1069,12 @@ def reward_gradient(predict: Callable[[Tensor, Tensor], Tensor], value: Callable
 
 def match_weights(schedule: NoiseSchedule, i: Tensor, *, beta: float, matching: str,
                   time_weight: str) -> tuple[Tensor, Tensor]:
-    """k and beta w(s) of the residual (E6) at steps i (M,), multiplied by c / k, where `matching` names c.
+    """The k and the weight beta w(s) with which nabla_loss takes the residual (E6) at steps i (M,).
 
-    That weighs the noise levels in the loss, and leaves the residual's zero where it is. "score" is E4 as
-    published (c = k), "kl" the Kullback-Leibler divergence of the two steps (c = k std), "eps" and "v"
-    compare the predictions, where a change of v is one of eps divided by alpha_t.
+    Both are multiplied by c / k. That changes how much a noise level counts in the loss, not where the
+    residual is zero. `matching` names c: "score" is E4 as published (c = k), "kl" the Kullback-Leibler
+    divergence of the two steps (c = k std), "eps" and "v" compare the predictions, where a change of v is one
+    of eps divided by alpha_t.
     """
     k, alpha_t, alpha_s = schedule.k(i), schedule.alpha[i], schedule.alpha[i + 1]
     weight = beta * alpha_s ** {"squared": 2, "linear": 1, "none": 0}[time_weight]
@@ -1128,7 +1161,9 @@ class Job(NamedTuple):
 
 @contextlib.contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
-    """No gradients of weights, for which every LoRA layer would keep its input: most of the memory."""
+    """Inside, weights need no gradients: for them every LoRA layer would keep its input, most of the memory,
+    though only the gradient with respect to x_s is wanted.
+    """
     trained = [weight for weight in net.parameters() if weight.requires_grad]
     try:
         net.requires_grad_(False)
@@ -1143,8 +1178,8 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     base, schedule, config = job.base, job.schedule, job.config
     weights = {"beta": config.beta, "time_weight": config.time_weight}
 
-    # 1. The reward gradient. Levels whose target beta w / k is small next to the largest can do without
-    # (skip_below).
+    # 1. The reward gradient g, a constant of the loss. It moves the target by beta w / k times g; noise
+    # levels where that factor is small next to the largest do without (skip_below).
     own, levels = schedule.prediction, torch.arange(len(schedule))
     target = match_weights(schedule, levels, matching=own, **weights)[1]                              # (T,)
     asked = (target >= config.skip_below * target.max())[batch.i]                                     # (M,)
@@ -1234,8 +1269,8 @@ def ddpo_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
 
 
 def advantages(scores: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
-    """DDPO's: rewards (B,), each normalised by its prompt's last 32; until there are 8, whose spread says
-    something, by those of this epoch. `history`, by prompt, is brought up to date.
+    """DDPO's: each reward minus the mean, over the spread, of its prompt's last 32 rewards, or of this epoch's
+    while the prompt has fewer than 8. Returns (B,). `history`, the rewards by prompt, is brought up to date.
     """
     for prompt, score in zip(prompts, scores):
         history[prompt] = [*history.get(prompt, []), score][-32:]
@@ -1251,7 +1286,8 @@ DRAFT_LV_NOISES = 2     # copies of a sample that DRaFT-LV noises anew (arXiv 23
 def pick_steps(config: Config, schedule: NoiseSchedule, generator: torch.Generator) -> list[int]:
     """The steps of one trajectory that the configured method trains."""
     if config.method == "refl":                                             # one of the last quarter
-        return [config.steps - 1 - int(torch.randint(-(-config.steps // 4), (), generator=generator))]
+        quarter = math.ceil(config.steps / 4)
+        return [config.steps - 1 - int(torch.randint(quarter, (), generator=generator))]
     if config.method == "draft":
         if config.draft_steps == 0:
             return [config.steps - 1] * DRAFT_LV_NOISES
@@ -1306,8 +1342,8 @@ def sample_epoch(job: Job, prompts: list[str], epoch: int,
                  history: dict[str, list[float]]) -> tuple[Sampled, dict]:
     """Draw prompts, sample and judge an object for each; what the updates need, and what is logged.
 
-    An epoch has batch_size objects of every process, numbered through: they share one order of the prompts.
-    `history` holds the rewards by prompt that DDPO normalises with.
+    An epoch's objects are numbered across processes, which share one order of the prompts. `history` holds
+    the rewards by prompt that DDPO normalises with. "judged" counts the objects whose reward training needs.
     """
     config, B, shuffle = job.config, job.config.batch_size, seeded(job.config.seed, epoch, "prompts")
     mine = range(job.rank * B, (job.rank + 1) * B)
@@ -1495,7 +1531,8 @@ def cost(config: Config, base: Base | None = None) -> dict:
             print(json.dumps(counted, indent=1))                # more than a CPU can be asked for
             return counted
     if not on_gpu and config.base != "shapes":
-        config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1)
+        config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1,
+                                     skip_below=0.0)
     prompts = load_prompts(config.prompts)[:config.batch_size]
     job, _ = start_job(config, base, 0, 1, prompts)
     optimizer = start_lora(job)
