@@ -60,10 +60,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from abc import abstractmethod
@@ -75,6 +75,7 @@ from typing import Literal, NamedTuple, Protocol
 
 if __name__ == "__main__":      # Threads that wait should sleep: spinning ones slow a busy machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # no traceback from an import; see `main`
 
 import torch
 import torch.nn as nn
@@ -82,8 +83,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, cli, fetching, gaussiancube, metrics, published, report, run, scorers,
-                     shapes, to_bytes, write_atomic)
+from support import (UserError, check_writable, cli, fetching, gaussiancube, metrics, published, report, run,
+                     say, scorers, shapes, to_bytes, to_json, write_atomic)
 from support.metrics import Features, Measurement
 from support.run import load_lora, load_prompts, phase
 
@@ -243,13 +244,13 @@ def resolve(config: Config, command: str = "train") -> Config:
     Raises UserError for settings that cannot work. The guidance stays None if it is the base's own.
     """
     presets = PRESETS.get(config.base, PRESETS["shapes"])       # for a base of the caller's own, too
-    rewards = [part.split("=")[0].strip() for part in config.reward.split(",")]
+    rewards = [name for name, _ in run.reward_terms(config.reward)]
     defaults = presets[""] | presets.get(rewards[0], {})
     recipe = config.recipe or defaults["recipe"]
     defaults |= {"reg_weight": PAPER_REG_WEIGHT.get(rewards[0], 1e4)} | RECIPES[recipe]
     defaults |= presets.get(config.method, {}) | {"recipe": recipe}
     defaults["min_quantile"] = max(presets.get(reward, {}).get("min_quantile", 0.0) for reward in rewards)
-    rewards = "-".join(Path(reward.split(":")[0]).stem for reward in rewards)
+    rewards = "-".join(Path(reward.rpartition(":")[0] or reward).stem for reward in rewards)
     method = "" if config.method == "nabla" else f"-{config.method}"
     kind = "shapes" if config.base == "shapes" else "objects"
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
@@ -260,8 +261,8 @@ def resolve(config: Config, command: str = "train") -> Config:
                  "out": f"runs/{config.base}-{rewards}{method}-seed{config.seed}"}
     config = dataclasses.replace(config, **{name: value for name, value in defaults.items()
                                             if getattr(config, name) is None})
-    config = dataclasses.replace(config, **{name: run.absolute(getattr(config, name))
-                                            for name in ("prompts", "test_prompts", "weights")})
+    files = {name: run.absolute(getattr(config, name)) for name in ("prompts", "test_prompts", "weights")}
+    config = dataclasses.replace(config, reward=run.absolute_reward(config.reward), **files)
     check(config)
     return config
 
@@ -432,10 +433,10 @@ def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
     or smaller there than in our pictures.
     """
     means, scales, quats, opacities, colors = (t[index].detach().float().cpu() for t in gaussians)
-    seen = opacities > 1 / 255
     columns = torch.cat([means, torch.zeros_like(means), (colors - 0.5) / SH_C0,
                          torch.logit(opacities.clamp(max=1 - 1e-6))[:, None],
-                         scales.clamp(min=1e-8).log(), F.normalize(quats, dim=-1)], 1)[seen]
+                         scales.clamp(min=1e-8).log(), F.normalize(quats, dim=-1)], 1)
+    columns = columns[(opacities > 1 / 255) & columns.isfinite().all(1)]
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(columns)}",
               *(f"property float {name}" for name in PLY_FIELDS), "end_header\n"]
     write_atomic(path, "\n".join(header).encode() + columns.contiguous().numpy().astype("<f4").tobytes())
@@ -906,20 +907,14 @@ def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: b
     number.
     """
     terms = []
-    for part in spec.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            weight = float(weight or 1)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight) or weight == 0:
-            raise UserError(f"the weight in --reward {part} is not a number or 0; write dnc=0.3, say")
-        terms.append((weight, *load_reward_term(name.strip(), base, device, checkpoint, untrained)))
+    for name, weight in run.reward_terms(spec):
+        terms.append((float(weight or 1), *load_reward_term(name, base, device, checkpoint, untrained)))
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
         return sum(weight * run.call_reward(function, title, render, prompts)
                    for weight, function, title in terms)
 
+    reward.functions = {title: function for _, function, title in terms}
     reward.title = " + ".join(title if weight == 1 else f"{weight:g} x {title}" for weight, _, title in terms)
     return reward
 
@@ -1008,19 +1003,25 @@ def noise_like(x: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 @torch.no_grad()
 def rollout(base: Base, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
-            generators: list[torch.Generator], progress: Callable = iter) -> Trajectory:
-    """Sample one object per row of `cond`, with a CPU generator each, keeping all that the loss needs."""
-    B = len(generators)
-    start = torch.empty(B, *base.latent_shape, device=base.device)
-    xs, guided, texts = [noise_like(start, generators)], [], []
+            generators: list[torch.Generator], progress: Callable = iter, keep: bool = True
+            ) -> Trajectory | Tensor:
+    """Sample one object per row of `cond`, with a CPU generator each.
+
+    Returns all that the loss needs, or without `keep`, for a fraction of the memory, the samples alone.
+    """
+    start = torch.empty(len(generators), *base.latent_shape, device=base.device)
+    x, steps = noise_like(start, generators), []
     for i in progress(range(len(schedule))):
-        x = xs[-1]
-        eps_uncond, eps_text = predict_both(base, x, schedule.t(i).expand(B), cond, null, guidance)
-        texts.append(eps_text)
-        guided.append(guide(eps_uncond, eps_text, guidance))
-        mean, std = schedule.transition(x, guided[-1], i)
-        xs.append(mean + std * noise_like(x, generators))
-    return Trajectory(*(torch.stack(steps, 1) for steps in (xs, guided, texts)))
+        eps_uncond, eps_text = predict_both(base, x, schedule.t(i).expand(len(x)), cond, null, guidance)
+        eps = guide(eps_uncond, eps_text, guidance)
+        if keep:
+            steps.append((x, eps, eps_text))
+        mean, std = schedule.transition(x, eps, i)
+        x = mean + std * noise_like(x, generators)
+    if not keep:
+        return x
+    xs, guided, texts = zip(*steps)
+    return Trajectory(*(torch.stack(each, 1) for each in ((*xs, x), guided, texts)))
 
 
 def pick_transitions(steps: int, fraction: float, last_step: str, generator: torch.Generator) -> list[int]:
@@ -1211,8 +1212,8 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
         match, reg = nabla_loss(halves, reference, schedule, batch.x_t, batch.i, batch.eps_old, g,
                                 guidance=guidance, matching=config.matching, backend=config.backend,
                                 **weights)
-    logged = {"loss": match + config.reg_weight * reg, "match": match, "reg": reg,
-              "reward_gradient": g.square().flatten(1).mean(1).sqrt(), "reward": score}
+    logged = {"reward_gradient": g.square().flatten(1).mean(1).sqrt(), "reward": score,
+              "loss": match + config.reg_weight * reg, "match": match, "reg": reg}
     return logged, int(asked.sum()) if config.estimator == "step" else 0
 
 
@@ -1335,7 +1336,9 @@ def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[tor
             score, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
         u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
         parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
-    return tuple(torch.cat(each) for each in zip(*parts))
+    score, coverage, u = (torch.cat(each) for each in zip(*parts))
+    run.check_finite(job.config.reward, score, u)
+    return score, coverage, u
 
 
 def sample_epoch(job: Job, prompts: list[str], epoch: int,
@@ -1389,7 +1392,7 @@ def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, 
             for name, value in values.items():
                 if not value.isfinite().all():
                     where = part[~value.isfinite().cpu(), 1][0]
-                    stop_diverged(f"{name} at sampler step {where}", epoch, number, config)
+                    run.stop_diverged(f"{name} at sampler step {where}", epoch, number, config)
                 totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
             with phase("backward"):
                 (values["loss"].sum() / len(share)).backward()
@@ -1397,19 +1400,11 @@ def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, 
         norm = nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
         optimizer.step()
         if not all(weight.isfinite().all() for weight in weights):
-            stop_diverged("LoRA weights after the step", epoch, number, config)
+            run.stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
         logged["judged"] += totals.pop("judged")
         yield {"epoch": epoch, **totals, **logged, "grad_norm": norm.item()}    # "reward" is the samples'
         logged["judged"] = 0
-
-
-def stop_diverged(what: str, epoch: int, update: int, config: Config) -> None:
-    """Raise a UserError that says what went wrong and what is left."""
-    state = Path(config.out, "checkpoint/state.pt")
-    left = f"the last good checkpoint is {state}" if state.is_file() else "there is no checkpoint yet"
-    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; try a smaller --lr or "
-                    "--beta")
 
 
 def start_job(config: Config, base: Base | None, rank: int, world: int,
@@ -1420,20 +1415,26 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
     if schedule.ode and config.method in ("nabla", "ddpo"):
         raise UserError(f"{config.method} trains steps that draw noise, and --sampler {config.sampler} draws "
                         "none; train with dpm, then sample with --run and euler")
-    picked = pick_steps(config, schedule, seeded(0))
-    if config.method == "nabla" and config.skip_below and picked == [config.steps - 1]:
-        raise UserError("only the sampler's last step would be trained, where --skip-below leaves the reward "
-                        "out; use more --steps or a larger --fraction")
-    if not picked:
-        raise UserError("no step of the sampler would be trained; use more --steps or another --last-step")
+
+    def trains(steps: int) -> bool:
+        """Whether any step is trained; nabla's last one alone may be a step without the reward."""
+        changed = dataclasses.replace(config, steps=steps)
+        picked = pick_steps(changed, base.schedule(config.sampler, steps), seeded(0))
+        return picked != ([steps - 1] if config.method == "nabla" and config.skip_below else [])
+
+    if not trains(config.steps):
+        enough = next(filter(trains, range(config.steps, 500)), 500)
+        raise UserError(f"with --steps {config.steps} no step of the sampler is trained on the reward; use "
+                        f"--steps {enough} or more, or with several steps a larger --fraction")
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
-    base.prepare([*prompts, ""])
+    run.prepare(base, reward, prompts, config.prompts, config.test_prompts)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
-    blank = torch.ones(1, 1, 3, 16, 16, device=base.device, requires_grad=True)
-    reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])
     judge = make_judge(base, reward, views=config.views, view_size=config.view_size, backend=config.backend,
                        elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
-    return Job(base, judge, schedule, base.encode([""]), config, rank, world), reward
+    job = Job(base, judge, schedule, base.encode([""]), config, rank, world)
+    trial = noise_like(torch.empty(1, *base.latent_shape, device=base.device), [seeded("trial")])
+    judge_samples(job, trial, prompts[:1], [seeded("trial")], gradient=config.method != "ddpo")
+    return job, reward
 
 
 def start_lora(job: Job) -> torch.optim.Optimizer:
@@ -1448,6 +1449,7 @@ FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "backend", "micro_
                   "prompts", "test_prompts"}
 
 
+@run.unlocking()
 def train(config: Config, base: Base | None = None) -> dict:
     """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary.
 
@@ -1462,37 +1464,37 @@ def train(config: Config, base: Base | None = None) -> dict:
     config = dataclasses.replace(config, device=device)
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
-    settings, state = run.open_run(dataclasses.asdict(config), digest, FREE_ON_RESUME)
+    settings, state = run.open_run(dataclasses.asdict(config), Config, digest, FREE_ON_RESUME, rank, world)
     config, out, quiet = Config(**settings), Path(config.out), rank > 0
     test_prompts = test_prompts[:config.eval_prompts]
     job, reward = start_job(config, base, rank, world, [*prompts, *test_prompts])
     base, config = job.base, job.config
-    features = None if quiet else metrics.load_features(base.tower, config.device)
+    identity = run.check_identity(base, config.reward, out, state, world)
+    features = metrics.load_features(base.tower, config.device)
     if not quiet:
-        about = report.describe(dataclasses.asdict(config), reward.title)
+        about = report.describe(dataclasses.asdict(config), reward.title) | {"identity": identity}
         steps = len(pick_steps(config, job.schedule, seeded(0)))
         print(report.plan(about, world, steps, len(prompts), len(test_prompts), state and state["epoch"]))
-        write_atomic(out / "config.json", json.dumps(about, indent=1))
+        write_atomic(out / "config.json", to_json(about))
         if not state:
-            run.copy_source(HERE, out / "source")
-    prompts = filter_prompts(job, prompts)
+            run.copy_source(HERE, out / "source", config.reward)
+    prompts = filter_prompts(job, prompts, identity)
 
-    def measure_base(name: str, seed: int) -> Measurement | None:       # made once, read again on resume
+    common = base, reward, features, job.schedule, test_prompts, config
+
+    def measure_base(name: str, seed: int) -> Measurement:              # made once, read again on resume
         path = out / f"checkpoint/{name}.pt"
-        if quiet:
-            return None
-        with contextlib.suppress(Exception):
-            if state:
-                return Measurement(**torch.load(path, weights_only=True))
-        measured = measure(base, reward, features, job.schedule, test_prompts, config, seed, name)
-        write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
+        kept = metrics.load_measurement(path, len(test_prompts), config.samples_per_prompt) if state else None
+        measured = run.gather(kept, world)[0] or measure(*common, seed, name, rank, world)
+        if not (quiet or kept):
+            write_atomic(path, to_bytes(partial(torch.save, measured._asdict())))
         return measured
 
     before = measure_base("before", config.seed)
     other = measure_base("before, other seeds", config.seed + 1)
     optimizer, rows, history = start_lora(job), [], {}
     if state:
-        run.restore(base.net, optimizer, state)
+        run.restore(base.net, optimizer, state, out)
         rows, history = state["rows"], state["history"]
     with tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
               disable=quiet) as updates:
@@ -1505,10 +1507,10 @@ def train(config: Config, base: Base | None = None) -> dict:
                 updates.update()
                 updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
             if not quiet:
-                run.save_checkpoint(out, base.net, optimizer, rows, epoch + 1, digest, history)
+                run.save_checkpoint(out, base.net, optimizer, rows, epoch + 1, digest, history, identity)
+    after = measure(*common, config.seed, "after", rank, world)
     if quiet:
         return {}
-    after = measure(base, reward, features, job.schedule, test_prompts, config, config.seed, "after")
     summary = {"scorer": reward.title, "base": config.base, "method": config.method, "epochs": config.epochs,
                "updates": len(rows), "judged": rows[-1]["judged"], "features": features.title,
                **metrics.compare(before, after, other), "seconds": time.perf_counter() - started}
@@ -1528,7 +1530,7 @@ def cost(config: Config, base: Base | None = None) -> dict:
     on_gpu = torch.device(config.device).type == "cuda"
     if not on_gpu and base is None and config.weights == "random":
         if counted := published.count(config.base, partial(add_lora, rank=config.lora_rank, seed=0)):
-            print(json.dumps(counted, indent=1))                # more than a CPU can be asked for
+            print(to_json(counted))                # more than a CPU can be asked for
             return counted
     if not on_gpu and config.base != "shapes":
         config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1,
@@ -1547,12 +1549,12 @@ def cost(config: Config, base: Base | None = None) -> dict:
               "judged": sum(row["judged"] for row in rows),
               "parameters": parts | {"net": parts["net"] - trained, "LoRA, trained": trained},
               "seconds": seconds, "peak_GB": run.peak_memory_GB(config.device)}
-    print(json.dumps(result, indent=1))
+    print(to_json(result))
     return result
 
 
 @torch.no_grad()
-def filter_prompts(job: Job, prompts: list[str]) -> list[str]:
+def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
     """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
 
     One object each; processes share the work. Scores are kept for all runs with this base and reward.
@@ -1560,14 +1562,13 @@ def filter_prompts(job: Job, prompts: list[str]) -> list[str]:
     config = job.config
     if not config.min_quantile:
         return prompts
-    scored_with = ("base", "weights", "reward", "sampler", "steps", "guidance", "views", "view_size",
-                   "elevation_jitter", "azimuth_jitter")
-    what = [getattr(config, name) for name in scored_with]
-    what += run.file_stamps(Path(config.weights or HERE / "support/shapes.safetensors"), config.reward)
+    scored_with = ("base", "reward", "sampler", "steps", "guidance", "views", "view_size", "elevation_jitter",
+                   "azimuth_jitter")
+    what = [identity, *(getattr(config, name) for name in scored_with)]
 
     def score(part: list[str]) -> Tensor:
         generators, cond = [seeded("filter", prompt) for prompt in part], job.base.encode(part)
-        x0 = rollout(job.base, job.schedule, cond, job.null, config.guidance, generators).x[:, -1]
+        x0 = rollout(job.base, job.schedule, cond, job.null, config.guidance, generators, keep=False)
         return job.judge(x0, part, generators)[0]
 
     different = [*dict.fromkeys(prompts)]
@@ -1586,30 +1587,31 @@ def filter_prompts(job: Job, prompts: list[str]) -> list[str]:
 
 @torch.no_grad()
 def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSchedule, prompts: list[str],
-            config: Config, seed: int, label: str) -> Measurement:
-    """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed, the same noise."""
+            config: Config, seed: int, label: str, rank: int = 0, world: int = 1) -> Measurement:
+    """Sample every prompt `samples_per_prompt` times and judge the objects. The same seed, the same noise.
+
+    Processes share the chunks of objects, which are the same chunks for any number of them. Of an object its
+    numbers and features are kept, and the latent only if the report shows it.
+    """
     from tqdm import tqdm
-    P, S = len(prompts), config.samples_per_prompt
-    texts, null, parts = features.text(prompts), base.encode([""]), []
+    P, S, shown = len(prompts), config.samples_per_prompt, metrics.shown(len(prompts))
+    texts, null, parts = metrics.text_features(features, prompts), base.encode([""]), []
+
+    def measure_chunk(chunk: range) -> tuple[Tensor, ...]:
+        named = [prompts[n // S] for n in chunk]
+        generators = [seeded(seed, prompt, n % S) for prompt, n in zip(named, chunk)]
+        bar = partial(tqdm, desc=f"{label}, {chunk.start} of {P * S}", leave=False, disable=rank > 0)
+        x0 = rollout(base, schedule, base.encode(named), null, config.guidance, generators, bar, keep=False)
+        pictures = render(base.decode(x0), *base.cameras(len(chunk)), base.eval_size, config.backend)
+        scores = reward(pictures, named).mean(1), depth_normal_consistency(pictures, named).mean(1)
+        kept = [k for k, n in enumerate(chunk) if n % S == 0 and n // S in shown]
+        return *metrics.look(pictures, named, texts, features, *scores), x0[kept].cpu()
+
     chunks = [range(P * S)[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
-    for number, chunk in enumerate(chunks):
-        rows = [n // S for n in chunk]
-        named = [prompts[row] for row in rows]
-        cond = base.encode(named)
-        generators = [seeded(seed, prompts[n // S], n % S) for n in chunk]
-        bar = partial(tqdm, desc=f"evaluating {label}, {number + 1} of {len(chunks)}", leave=False)
-        x0 = rollout(base, schedule, cond, null, config.guidance, generators, bar).x[:, -1]
-        pictures = render(base.decode(x0), *base.cameras(len(rows)), base.eval_size, config.backend)
-        images = pictures.image.flatten(0, 1)
-        seen = {see: see(images).unflatten(0, (len(rows), -1))
-                for see in {features.image, features.diversity, features.fid}}
-        similar = seen[features.image].mean(1) @ texts.T    # (rows, P)
-        own = torch.tensor(rows, device=similar.device)
-        parts.append((reward(pictures, named).mean(1), similar.gather(1, own[:, None])[:, 0],
-                      (similar.argmax(1) == own).float(), pictures.alpha.mean((1, 2, 3, 4)),
-                      depth_normal_consistency(pictures, named).mean(1), seen[features.diversity],
-                      seen[features.fid], x0))
-    return Measurement(*(torch.cat(tensors).unflatten(0, (P, S)).cpu() for tensors in zip(*parts)))
+    for n in range(rank, rank + len(chunks), world):            # all processes go round equally often
+        mine = measure_chunk(chunks[n]) if n < len(chunks) else None
+        parts += [part for part in run.gather(mine, world) if part]
+    return metrics.join(parts, P, S, label)
 
 
 @torch.no_grad()
@@ -1627,17 +1629,17 @@ def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: 
 def write_report(base: Base, prompts: list[str], before: Measurement, after: Measurement,
                  rows: list[dict], summary: dict, config: Config, out: Path) -> None:
     """summary.json, samples/, curves.png and report.html: one page with all of it, that needs no network."""
-    shown = [n * len(prompts) // 12 for n in range(12)] if len(prompts) > 12 else [*range(len(prompts))]
+    shown = metrics.shown(len(prompts))
     cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
     with torch.no_grad():
-        objects = [base.decode(m.latents[shown, 0].to(base.device)) for m in (before, after)]
+        objects = [base.decode(m.latents.to(base.device)) for m in (before, after)]
         pictures = [render(one, *cameras, 144, config.backend).image[:, 0].cpu() for one in objects]
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
-    write_atomic(out / "summary.json", json.dumps(summary, indent=1))
+    write_atomic(out / "summary.json", to_json(summary))
     for name, content in report.files(*pictures, [prompts[n] for n in shown],
                                       turntable(both, backend=config.backend), rows, summary,
                                       f"{config.reward} on {config.base}",
-                                      json.dumps(dataclasses.asdict(config), indent=1)).items():
+                                      to_json(dataclasses.asdict(config))).items():
         write_atomic(out / name, content)
 
 
@@ -1650,6 +1652,7 @@ def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSc
     """The base, with the LoRA of `config.run` on it if that is set."""
     base = base or load_base(config, config.device)
     if config.run:
+        run.warn_if_changed(config.run, base, config.reward)
         base.net = load_lora(base.net, run.find_lora(config.run)).to(base.device).eval()
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     return config, base, base.schedule(config.sampler, config.steps)
@@ -1666,12 +1669,13 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     folder = Path(config.out or f"{home}/samples")
     config, base, schedule = load_tuned(resolve(config, "sample"), base)
     written = []
-    base.prepare([*prompts, ""])
+    check_writable(folder)
+    run.prepare(base, None, prompts, config.prompts)
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt] * config.samples_per_prompt)
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance,
                      [seeded(config.seed, prompt, s) for s in range(config.samples_per_prompt)],
-                     partial(tqdm, desc=prompt, leave=False)).x[:, -1]
+                     partial(tqdm, desc=prompt[:60], leave=False), keep=False)
         gaussians = base.decode(x0)
         pictures = render(gaussians, *base.cameras(len(x0)), 256, config.backend).image
         for s in range(len(x0)):
@@ -1680,7 +1684,8 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
             if path in written:                                 # the same words twice in one list
                 path = path.with_stem(f"{path.stem}-prompt{n + 1}")
             one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
-            save_ply(path, one)
+            if not save_ply(path, one):
+                say(f"nothing can be seen of {path}, it holds no splats: look at --run and --weights")
             write_atomic(path.with_suffix(".png"), report.png(report.picture_rows(pictures[s:s + 1])))
             write_atomic(path.with_suffix(".gif"), turntable(one, 256, backend=config.backend))
             print(path)
@@ -1688,24 +1693,33 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     return written
 
 
+@run.unlocking()
 def evaluate(config: Config, base: Base | None = None) -> dict:
     """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
     started, given = time.perf_counter(), config.out
     if given and (Path(given) / "checkpoint").is_dir():
         raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
-    config, base, schedule = load_tuned(resolve(config, "evaluate"), base)
+    config = resolve(config, "evaluate")
+    device, rank, world = run.start_processes(config.device)
+    out, tuned = Path(given or run.evaluation_folder(config.run, config.out)), bool(config.run)
+    if rank == 0:                                               # what cannot be written fails before the work
+        run.lock(out, "samples")
+    config, base, schedule = load_tuned(dataclasses.replace(config, device=device), base)
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
     features = metrics.load_features(base.tower, config.device)
     prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
-    base.prepare([*prompts, ""])
-    out, tuned = Path(given or run.evaluation_folder(config.run, config.out)), bool(config.run)
+    run.prepare(base, reward, prompts, config.test_prompts)
+    run.gather(None, world, run.LOADING_WAIT)
     about = report.describe(dataclasses.asdict(config) | {"out": str(out)}, reward.title)
-    write_atomic(out / "config.json", json.dumps(about, indent=1))      # fails now, not after the work
+    if rank == 0:
+        write_atomic(out / "config.json", to_json(about))
     common = base, reward, features, schedule, prompts, config
-    after = measure(*common, config.seed, "the fine-tuned model" if tuned else "the base")
+    after = measure(*common, config.seed, "the fine-tuned model" if tuned else "the base", rank, world)
     with base.net.disable_adapter() if tuned else contextlib.nullcontext():
-        before = measure(*common, config.seed, "the base") if tuned else after
-        other = measure(*common, config.seed + 1, "the base once more, for FID")
+        before = measure(*common, config.seed, "the base", rank, world) if tuned else after
+        other = measure(*common, config.seed + 1, "the base once more, for FID", rank, world)
+    if rank > 0:
+        return {}
     summary = {"scorer": reward.title, "base": config.base, "run": config.run,
                "seed": config.seed, "features": features.title, **metrics.compare(before, after, other),
                "seconds": time.perf_counter() - started}
@@ -1721,8 +1735,7 @@ def evaluate(config: Config, base: Base | None = None) -> dict:
 
 def run_config(folder: str) -> Config:
     """The settings of a run, from its config.json; `run` is that folder."""
-    known = [field.name for field in dataclasses.fields(Config)]
-    return Config(**run.read_settings(Path(folder), known) | {"run": folder, "resume": False})
+    return Config(**run.read_settings(Path(folder), Config) | {"run": folder, "resume": False})
 
 
 def parse(arguments: list[str]) -> tuple[Callable[[Config], object], Config]:
@@ -1739,20 +1752,10 @@ def parse(arguments: list[str]) -> tuple[Callable[[Config], object], Config]:
 
 def main() -> int:
     """Exit codes: 0 done, 2 the caller can mend it (one sentence on stderr), 130 stopped by Ctrl-C."""
-    try:
+    def work() -> None:
         command, config = parse(sys.argv[1:])
         command(config)
-        return 0
-    except (UserError, OSError) as error:
-        print(f"\nr2d3: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("\nr2d3: out of memory; try a smaller --micro-batch or --eval-batch, or --checkpoint",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nr2d3: stopped; with --resume a training goes on after its last epoch", file=sys.stderr)
-        return 130
+    return cli.exit_code(work)
 
 
 if __name__ == "__main__":

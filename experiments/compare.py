@@ -233,7 +233,7 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     what = {"experiment": about["experiment"], "settings": settings}
     path = work / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.pt"
-    lock = open(path.with_suffix(".lock"), "w")                 # noqa: SIM115, held until the process or the trial ends
+    lock = open(path.with_suffix(".lock"), "wb")                # noqa: SIM115, held until the process or the trial ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -292,13 +292,13 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
 
 
 def read(rows: Path) -> list[dict]:
-    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.is_file() else []
 
 
 def append(rows: Path, row: dict) -> None:
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, encoding="utf-8")
     rows.parent.mkdir(parents=True, exist_ok=True)
-    with open(rows, "a") as file:
+    with open(rows, "a", encoding="utf-8") as file:
         file.write(json.dumps(row | {"commit": git.stdout.strip()}) + "\n")
 
 

@@ -14,8 +14,13 @@ This file holds what all of them share: errors that people can mend, and files t
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import json
+import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,18 +32,102 @@ class UserError(ValueError):
     """Something the caller can mend: printed as one sentence, exit code 2, no traceback."""
 
 
+class PromptError(UserError):
+    """One prompt that cannot be used; whoever knows the file that it came from adds where it stands."""
+
+    def __init__(self, message: str, prompt: str):
+        super().__init__(message)
+        self.prompt = prompt
+
+
+def brief(error: object, length: int = 200) -> str:
+    """An exception, or any text, in one line of about `length` characters."""
+    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+    text = " ".join(text.split())
+    return (text if len(text) <= length else text[:length - 3] + "...").rstrip(": ")
+
+
+def say(line: str) -> None:
+    """One line that people should see, on stderr; of several processes the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"r2d3: {line}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_too_long(what: str, count: int, total: int) -> None:
+    """One line, once, if `what` does not read all of some prompts."""
+    if count:
+        say(f"{count} of {total} prompts are longer than {what} can read; what stands at their ends does not count there")
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """All of the new file or all of the old one, also after kill -9, on a full disk or in a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """All of the new file or all of the old one, also after kill -9, on a full disk or in a power cut.
+
+    UserError: it cannot be written, with the reason and what to do.
+    """
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); make room, mend the permissions, or name "
+                        "another folder") from None
+
+
+def check_writable(*folders: Path) -> None:
+    """Make the folders and a small file in each, and remove what is new again: what fails fails before the work.
+
+    UserError: a file is in the way, the disk is full, the folder is read-only.
+    """
+    for folder in folders:
+        probe = folder / f"probe{os.getpid()}"
+        write_atomic(probe, b"0" * 4096)
+        probe.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()                                      # it stays where something is in it
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what write_atomic could not finish because its process was killed: of a big state that is gigabytes."""
+    for part in [*folder.rglob("*.part*")]:
+        match = re.search(r"\.part(\d+)$", part.name)
+        if match and not alive(int(match[1])):
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has such a process; on Windows, where asking would end it, always true."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:                                     # somebody else's
+        return True
+    return True
+
+
+def to_json(value: object) -> str:
+    """JSON as it is defined: numbers that are not finite, which it does not have, become null."""
+    def clean(value: object) -> object:
+        if isinstance(value, dict):
+            return {str(key): clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(clean, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(clean(value), indent=1, allow_nan=False, default=str)
 
 
 def to_bytes(save: Callable) -> bytes:
@@ -57,7 +146,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights {path} cannot be read, is the file complete? ({error})") from None
+        raise UserError(f"the weights {path} cannot be read, is the file complete? ({brief(error)})") from None
 
 
 def cache_folder(name: str) -> Path:
@@ -75,7 +164,7 @@ def fetching(what: str, size: str, local: Path | None = None) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        why = brief(error)
         if "gated" in why.lower():                              # huggingface_hub's word, and transformers'
             raise UserError(f"{what} needs a licence: agree to it on the model's page on the Hugging Face hub, then run "
                             "hf auth login here") from None

@@ -10,8 +10,14 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
+import signal
+import sys
 import typing
+from collections.abc import Callable
+
+import torch
 
 from support import UserError
 
@@ -76,6 +82,22 @@ def parse(config_class: type, command: str, arguments: list[str], default: objec
     return dataclasses.replace(default, **values)
 
 
+def check_types(config_class: type, settings: dict) -> tuple[list[str], str | None]:
+    """Names in `settings` that are no fields, and in words the first value that is not of its field's type, or None."""
+    hints = typing.get_type_hints(config_class)
+    for name, value in settings.items():
+        choices, kinds = [], []
+        for hint in typing.get_args(hints.get(name)) or [hints.get(name)]:
+            choices += typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else []
+            kinds += [hint] if isinstance(hint, type) else []
+        if typing.get_origin(hints.get(name)) is typing.Literal:
+            choices, kinds = typing.get_args(hints[name]), []
+        kinds += [int] if float in kinds else []
+        if name in hints and value not in choices and type(value) not in kinds and (value is not None or type(None) not in kinds):
+            return [], f"{name} is {value!r}, wanted {' or '.join(map(repr, choices)) or kinds[0].__name__}"
+    return sorted(settings.keys() - hints.keys()), None
+
+
 def check_ranges(settings: dict, may_be_zero: set[str], at_most: dict[str, float]) -> None:
     """Raise UserError for a number that is not above zero (or negative, where zero is allowed), or too large."""
     for name, value in settings.items():
@@ -86,3 +108,64 @@ def check_ranges(settings: dict, may_be_zero: set[str], at_most: dict[str, float
             raise UserError(f"--{name.replace('_', '-')} is {value}; it {wanted}")
         if not value <= at_most.get(name, 1e30):
             raise UserError(f"--{name.replace('_', '-')} is {value}; at most {at_most.get(name, 1e30)} works")
+
+
+class Stream:
+    """A stream whose reader may leave, as in `| head`: then it says nothing more, and the work goes on."""
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act: Callable, *arguments: str) -> None:
+        try:
+            act(*arguments)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work, and say in one sentence what stopped it. Returns 0 done, 2 the caller can mend it, 130 stopped.
+
+    SIGTERM, which schedulers send, stops like Ctrl-C. What the terminal has no letters for is printed as "?".
+    """
+    with contextlib.suppress(ValueError):                       # not the main thread: signals are the caller's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = map(Stream, before)
+    code, said = 0, ""
+    try:
+        work()
+    except UserError as error:
+        code, said = 2, str(error)
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        code, said = 2, f"{error.strerror or error}{place}"
+    except torch.OutOfMemoryError:
+        code, said = 2, "out of memory; try a smaller --micro-batch or --eval-batch, or --checkpoint"
+    except KeyboardInterrupt as error:
+        code, said = 130, "stopped" + (f"; {error}" if error.args else "; what was written is whole")
+    finally:
+        if said:
+            print(f"\nr2d3: {said}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+    return code

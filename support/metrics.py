@@ -7,7 +7,9 @@ the paper's tables from the same measurements. Nothing here knows of diffusion.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import fetching
+from support import fetching, say, say_too_long
+from support.scorers import too_long
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
            "coverage": "alpha coverage", "dnc": "geometry (dnc)", "diversity": "diversity",
@@ -30,6 +33,7 @@ class Features(NamedTuple):
     text: Callable[[list[str]], Tensor]     # prompts -> (P, D), unit length
     diversity: Callable[[Tensor], Tensor]   # -> (N, D'), unit length
     fid: Callable[[Tensor], Tensor]         # -> (N, D'')
+    too_long: Callable[[list[str]], int] = lambda prompts: 0        # of how many prompts `text` does not see the end
 
 
 @fetching("the networks that measure", "0.7 GB")
@@ -57,7 +61,7 @@ def load_features(tower: nn.Module | None, device: torch.device | str) -> Featur
 
         def diverse(pictures: Tensor) -> Tensor:
             return F.normalize(model.embed(F.interpolate(pictures, (224, 224), mode="bicubic")), dim=-1)
-    return Features(title, image, text, diverse, inception(device))
+    return Features(title, image, text, diverse, inception(device), too_long)
 
 
 def inception(device: torch.device | str) -> Callable[[Tensor], Tensor]:
@@ -81,7 +85,58 @@ class Measurement(NamedTuple):
     dnc: Tensor            # (P, S) depth-normal consistency
     features: Tensor       # (P, S, V, D) of the pictures, unit length
     fid_features: Tensor   # (P, S, V, D)
-    latents: Tensor        # (P, S, *latent)
+    latents: Tensor        # (n, *latent) of the n prompts that the report shows, the first object of each
+
+
+def load_measurement(path: Path, prompts: int, samples: int) -> Measurement | None:
+    """A measurement that was kept; None if there is none, or the file holds anything else."""
+    try:
+        kept = Measurement(**torch.load(path, weights_only=True))
+        whole = all(tensor.shape[:2] == (prompts, samples) for tensor in kept[:-1]) and len(kept.latents) == len(shown(prompts))
+        return kept if whole else None
+    except Exception:                                           # torch.load has many ways to fail
+        return None
+
+
+def shown(prompts: int) -> list[int]:
+    """Which of so many prompts the report shows: at most twelve, evenly spread."""
+    return [n * prompts // 12 for n in range(12)] if prompts > 12 else [*range(prompts)]
+
+
+def text_features(features: Features, prompts: list[str]) -> tuple[dict[str, int], Tensor]:
+    """The different prompts' places, and what `features` sees in them (n, D): a list may have a prompt twice."""
+    texts = [*dict.fromkeys(prompts)]
+    say_too_long("the alignment", features.too_long(texts), len(texts))
+    embeds = [features.text(texts[n:n + 256]) for n in range(0, len(texts), 256)]
+    return {prompt: n for n, prompt in enumerate(texts)}, torch.cat(embeds)
+
+
+def look(pictures, prompts: list[str], texts: tuple[dict[str, int], Tensor], features: Features, reward: Tensor,
+         dnc: Tensor) -> tuple[Tensor, ...]:
+    """What a Measurement holds of B objects, each in its row, without the latents, on the CPU.
+
+    pictures is a kernels.Render of them; texts are all prompts' features, among which an object should find its own.
+    """
+    B, images = len(prompts), pictures.image.flatten(0, 1)
+    seen = {see: see(images).unflatten(0, (B, -1)) for see in {features.image, features.diversity, features.fid}}
+    similar = seen[features.image].mean(1) @ texts[1].T         # (B, texts)
+    own = similar[range(B), [texts[0][prompt] for prompt in prompts]]
+    closest = (own >= similar.amax(1) - 1e-6).float()           # beside one that means the same to `features`, too
+    found = reward, own, closest, pictures.alpha.mean((1, 2, 3, 4)), dnc, seen[features.diversity], seen[features.fid]
+    return tuple(tensor.cpu() for tensor in found)
+
+
+def join(parts: list[tuple[Tensor, ...]], prompts: int, samples: int, label: str) -> Measurement:
+    """All objects' rows as a Measurement. One line each is said of numbers that are not finite, and of empty objects."""
+    *numbers, latents = (torch.cat(tensors) for tensors in zip(*parts))
+    measured = Measurement(*(tensor.unflatten(0, (prompts, samples)) for tensor in numbers), latents)
+    total = measured.reward.numel()
+    for name in ("reward", "alignment", "coverage", "dnc"):
+        if bad := int((~getattr(measured, name).isfinite()).sum()):
+            say(f"{label}: {METRICS[name]} is not finite for {bad} of {total} objects, and cannot be averaged")
+    if empty := int((measured.coverage == 0).sum()):
+        say(f"{label}: {empty} of {total} objects are empty, their pictures are white")
+    return measured
 
 
 def diversity(features: Tensor) -> Tensor:
@@ -103,13 +158,34 @@ def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross
 
 
-def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor) -> dict:
-    """A metric (a number) before and after, with intervals from what it is on resampled prompts (n,)."""
+def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor, normal: bool = False) -> dict:
+    """A metric (a number) before and after, with 95% intervals from what it is on resampled prompts (n,).
+
+    With `normal` the draws tell only the spread around the values. What cannot be measured is None: a number that is not
+    finite, and all intervals where the draws are NaN.
+    """
     change, changes = (new - old).item(), new_draws - old_draws
-    error, ends = changes.std().item(), torch.tensor([0.025, 0.975], dtype=changes.dtype)
-    return {"before": old.item(), "after": new.item(), "after_ci95": new_draws.quantile(ends).tolist(),
-            "change": change, "ci95": changes.quantile(ends).tolist(),
-            "standard_errors": change / error if error > 1e-9 else 0.0}
+    error, exact = changes.std().item(), 1e-6 * max(abs(old.item()), abs(new.item()))
+
+    def ends(value: Tensor, draws: Tensor) -> list[float | None]:
+        if normal:
+            return [number(value.item() + side * draws.std().item()) for side in (-1.96, 1.96)]
+        return [*map(number, draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist())]
+
+    errors = 0.0 if change == 0 else change / error if error > exact else math.nan      # else it is rounding
+    return {"before": number(old.item()), "after": number(new.item()), "after_ci95": ends(new, new_draws),
+            "change": number(change), "ci95": ends(new - old, changes),
+            "standard_errors": number(errors + 0 * error)}
+
+
+def number(value: float) -> float | None:
+    """None for what is not finite, which JSON does not know."""
+    return value if math.isfinite(value) else None
+
+
+def resample(values: Tensor, draws: Tensor) -> Tensor:
+    """Values of prompts (P,) -> their mean over each of the draws (n, P); NaN for one prompt, which tells of no spread."""
+    return values[draws].mean(1) if len(values) > 1 else torch.full(draws.shape[:1], math.nan)
 
 
 def compare(before: Measurement, after: Measurement, reference: Measurement) -> dict:
@@ -117,26 +193,63 @@ def compare(before: Measurement, after: Measurement, reference: Measurement) -> 
 
     "ci95" is that of the change. fid_to_base compares with a second draw of the base (`reference`): "before"
     is the noise floor, not 0; resamples have fewer different prompts and larger distances, so their spread is
-    put around the value.
+    put around the value. What cannot be measured is None.
     """
     (P, S), generator = before.reward.shape, torch.Generator().manual_seed(0)
     draws = torch.randint(P, (1000, P), generator=generator)
-
     result = {"prompts": P, "samples_per_prompt": S}
     for name in ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity"):
-        old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1)
-                    for m in (before, after))
-        result[name] = entry(old.mean(), new.mean(), old[draws].mean(1), new[draws].mean(1))
+        old, new = (diversity(m.features) if name == "diversity" else getattr(m, name).mean(1) for m in (before, after))
+        result[name] = entry(old.mean(), new.mean(), resample(old, draws), resample(new, draws))
+    values, spread = torch.full((2,), math.nan), torch.full((2, 2), math.nan)
+    if all(m.fid_features.isfinite().all() for m in (before, after, reference)):
+        far = reference.fid_features.flatten(0, 2)
+        values = torch.stack([frechet_distance(m.fid_features.flatten(0, 2), far) for m in (before, after)])
+        spread = fid_draws(before, after, reference, draws) if P > 1 else spread
+    result["fid_to_base"] = entry(*values, *spread, normal=True)
+    result["fid_to_base"] |= {"images": before.reward.numel() * before.features.shape[2], "resamples": spread.shape[1]}
+    return result
 
-    def fid(measured: Measurement, rows: Tensor) -> Tensor:
-        return frechet_distance(*(m.fid_features[rows].flatten(0, 2) for m in (measured, reference)))
 
-    every = torch.arange(P)
-    old, new = fid(before, every), fid(after, every)
-    resampled = (torch.stack([fid(measured, rows) for rows in draws[:100]]) for measured in (before, after))
-    centred = (drawn - drawn.mean() + value for drawn, value in zip(resampled, (old, new)))
-    result["fid_to_base"] = entry(old, new, *centred)
-    result["fid_to_base"]["images"] = before.reward.numel() * before.features.shape[2]
+FID_DRAWS, FID_DRAWS_WIDE, WIDE = 100, 16, 512      # resamples for FID's interval; fewer for more than 512 features
+
+
+def fid_draws(before: Measurement, after: Measurement, reference: Measurement, draws: Tensor) -> Tensor:
+    """FID to the reference, before and after, on resampled prompts: (2, n).
+
+    Only the spread of these numbers is used. So up to 512 features there are 100 resamples in float64, and with more, of
+    which Inception has 2,048, 16 in float32: a spread from 16 draws is known to about a fifth of itself, in minutes on two
+    cores instead of a quarter of an hour.
+    """
+    from tqdm import tqdm
+    P, D = len(before.reward), before.fid_features.shape[-1]
+    draws = draws[:FID_DRAWS if D <= WIDE else FID_DRAWS_WIDE]
+    center = reference.fid_features.mean((0, 1, 2))
+    sets = [(m.fid_features - center).flatten(1, 2).to(torch.float64 if D <= WIDE else torch.float32)
+            for m in (before, after, reference)]                # (P, n, D) each
+    # A prompt's part of a second moment is made once where all of them fit into memory.
+    moments = [x.mT @ x if P * D * D <= 2 ** 25 else None for x in sets]
+
+    def gaussian(x: Tensor, moment: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+        n, weights = x.shape[1] * P, counts.to(x)
+        mean = weights @ x.sum(1) / n
+        if moment is None:
+            rows = (weights.sqrt()[:, None, None] * x)[counts > 0].flatten(0, 1)
+            second = rows.T @ rows
+        else:
+            second = torch.tensordot(weights, moment, 1)
+        return mean, (second - n * torch.outer(mean, mean)) / (n - 1)
+
+    result = torch.empty(2, len(draws), dtype=torch.float64)
+    for k, rows in enumerate(tqdm(draws, "FID's interval", leave=False, delay=2)):
+        counts = torch.bincount(rows, minlength=P)
+        gaussians = [gaussian(x, moment, counts) for x, moment in zip(sets, moments)]
+        far_mean, far = gaussians.pop()
+        size, axes = torch.linalg.eigh(far)
+        root = axes * size.clamp(min=0).sqrt()                  # root root^T = far
+        for row, (mean, covariance) in zip(result, gaussians):
+            cross = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0).sqrt().sum()
+            row[k] = (mean - far_mean).square().sum() + covariance.trace() + far.trace() - 2 * cross
     return result
 
 
@@ -182,6 +295,8 @@ def multi_view_fid(features: Tensor, reference: Tensor) -> Tensor:
     def one_prompt(a: Tensor, b: Tensor) -> Tensor:             # (S, V, D) each
         return torch.stack([frechet_distance(*views) for views in zip(a.unbind(1), b.unbind(1))]).mean()
 
+    if not (features.isfinite().all() and reference.isfinite().all()):
+        return torch.full((len(features),), math.nan)
     return torch.stack([one_prompt(*prompt) for prompt in zip(features, reference)])
 
 
@@ -208,7 +323,7 @@ def paper_protocol(before: Measurement, after: Measurement, reference: Measureme
     result = {}
     for name, column in columns.items():
         old, new = column(before), column(after)                # (P,) each
-        result[name] = entry(old.mean(), new.mean(), old[draws].mean(1), new[draws].mean(1))
+        result[name] = entry(old.mean(), new.mean(), resample(old, draws), resample(new, draws))
     rows = PAPER.get((base, reward))
     result["paper"] = rows and {"before": rows["base"], "after": rows[method]}
     result["pictures"] = f"{P} prompts x {S} objects x {before.fid_features.shape[2]} views"
@@ -226,7 +341,8 @@ def paper_table(result: dict) -> tuple[str, list[list[str]]]:
         low, high = row["after_ci95"]
         title += " x 100" if name == "reward" and result["reward_times"] == 100 else ""
         paper = [f"{numbers[number]:.2f}" for numbers in (result["paper"] or {}).values()]
-        rows.append([title, f"{row['before']:.2f}", f"{row['after']:.2f}", f"{low:.2f} .. {high:.2f}", *paper])
+        rows.append([title, *(show(value, ".2f") for value in (row["before"], row["after"])),
+                     f"{show(low, '.2f')} .. {show(high, '.2f')}", *paper])
     return about, rows
 
 
@@ -237,7 +353,7 @@ def print_paper_protocol(result: dict, features: str) -> None:
     for title, before, after, interval, *_ in rows:
         print(f"{title:<34}{before:>9}{after:>9}   {interval}")
     for when, numbers in (result["paper"] or {}).items():
-        measured = " / ".join(f"{result[name][when]:.2f}" for name in PAPER_METRICS)
+        measured = " / ".join(f"{show(result[name][when], '.2f')}" for name in PAPER_METRICS)
         print(f"{when:<8}measured: {measured}   paper: {' / '.join(f'{number:.2f}' for number in numbers)}")
 
 
@@ -247,19 +363,35 @@ def titles(summary: dict) -> dict[str, str]:
             if name != "diversity" or summary["samples_per_prompt"] > 1}
 
 
+def show(value: float | None, how: str = ".3f") -> str:
+    """A number in a table; "-" for what could not be measured."""
+    return "-" if value is None else f"{value:{how}}"
+
+
+def cells(row: dict) -> list[str]:
+    """A metric in words: before, after, the interval of after, that of the change."""
+    (low, high), (down, up) = row["after_ci95"], row["ci95"]
+    return [show(row["before"]), show(row["after"]), f"{show(low)} .. {show(high)}",
+            f"{show(down, '+.3f')} .. {show(up, '+.3f')}"]
+
+
 def print_summary(summary: dict) -> None:
     """The before/after table, and what to think of it."""
     print(f"\n{'on unseen prompts':<32}{'before':>9}{'after':>9}   95% interval     of the change")
     for name, title in titles(summary).items():
-        row = summary[name]
-        (low, high), (down, up) = row["after_ci95"], row["ci95"]
-        print(f"{title:<32}{row['before']:>9.3f}{row['after']:>9.3f}   {low:.3f} .. {high:.3f}   "
-              f"{down:+.3f} .. {up:+.3f}")
-    print(f"\nreward: {summary['scorer']}, {summary['reward']['standard_errors']:+.1f} standard errors. "
+        before, after, interval, change = cells(summary[name])
+        print(f"{title:<32}{before:>9}{after:>9}   {interval}   {change}")
+    errors = summary["reward"]["standard_errors"]
+    print(f"\nreward: {summary['scorer']}, " + (f"{errors:+.1f} standard errors. " if errors is not None else "") +
           f"{summary['seconds']:.0f} seconds in all.")
     if "paper_protocol" in summary:
         print_paper_protocol(summary["paper_protocol"], summary["features"])
-    if summary["alignment"]["ci95"][1] < 0:
+    if missing := [title for name, title in titles(summary).items() if summary[name]["change"] is None]:
+        print(f"warning: could not be measured, as it is not finite for some objects: {', '.join(missing)}")
+    if (summary["alignment"]["ci95"][1] or 0) < 0:
         print("warning: the objects fit their prompts less well; try a smaller --beta or fewer --epochs")
-    if abs(summary["coverage"]["after"] / summary["coverage"]["before"] - 1) > 0.1:
+    before, after = (summary["coverage"][when] or 0 for when in ("before", "after"))
+    if before == 0 or after == 0:
+        print("warning: objects are empty, their pictures are white")
+    elif abs(after / before - 1) > 0.1:
         print("warning: the coverage changed by more than a tenth; try a smaller --beta or fewer --epochs")

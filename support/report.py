@@ -8,7 +8,6 @@ import contextlib
 import html
 import importlib.metadata
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from support import to_bytes
-from support.metrics import paper_table, titles
+from support.metrics import cells, paper_table, titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%} table{border-collapse:collapse} pre{background:#f5f5f5;padding:1rem;overflow-x:auto}
@@ -39,10 +38,7 @@ def files(before: Tensor, after: Tensor, captions: list[str], turntable: bytes, 
         out["curves.png"] = curves(rows)
     table = ""
     for key, name in titles(summary).items():
-        row = summary[key]
-        (low, high), (down, up) = row["after_ci95"], row["ci95"]
-        table += (f"<tr><td>{name}<td>{row['before']:.3f}<td>{row['after']:.3f}<td>{low:.3f} .. {high:.3f}"
-                  f"<td>{down:+.3f} .. {up:+.3f}")
+        table += f"<tr><td>{name}<td>" + "<td>".join(cells(summary[key]))
 
     def inline(name: str) -> str:
         return f"data:image/{name[-3:]};base64,{base64.b64encode(out[name]).decode()}"
@@ -51,7 +47,8 @@ def files(before: Tensor, after: Tensor, captions: list[str], turntable: bytes, 
 <meta name="viewport" content="width=device-width"><title>r2d3: {html.escape(title)}</title><style>{STYLE}</style>
 <h1>{html.escape(title)}</h1>
 <p>Scorer: {html.escape(summary['scorer'])}. {summary['prompts']} unseen prompts x {summary['samples_per_prompt']} objects,
-the same seeds before and after; {summary['seconds']:.0f} seconds in all. Intervals: 95%, bootstrap over prompts.
+the same seeds before and after; {summary['seconds']:.0f} seconds in all. Intervals: 95%, bootstrap over prompts,
+of FID {summary['fid_to_base']['resamples']} times.
 Features: {html.escape(summary['features'])}. FID from {summary['fid_to_base']['images']} pictures a side.</p>
 <table><tr><th>on unseen prompts<th>before<th>after<th>95% of after<th>95% of the change</tr>{table}</table>
 {paper_section(summary)}<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
@@ -121,7 +118,7 @@ def describe(config: dict, scorer: str) -> dict:
     git = None
     with contextlib.suppress(OSError):                          # no git here
         git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, text=True).stdout.strip() or None
+                             capture_output=True, encoding="utf-8", errors="replace").stdout.strip() or None
     gpu = torch.cuda.get_device_name(config["device"]) if config["device"].startswith("cuda") else None
     return {"config": config, "scorer": scorer, "command": sys.argv, "seed": config["seed"], "git_commit": git,
             "gpu": gpu, "versions": {"python": sys.version.split()[0], **versions}}

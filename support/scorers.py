@@ -38,6 +38,13 @@ def clip_embed(visual: nn.Module, images: Tensor) -> Tensor:
     return F.normalize(visual(((images - mean) / std).to(dtype)).to(images.dtype), dim=-1)
 
 
+def too_long(prompts: list[str]) -> int:
+    """How many of the prompts have more than the 77 tokens that CLIP reads, so that their ends are not seen."""
+    import open_clip
+    long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode("utf-8")) > 75]      # a token has a byte at least
+    return sum(int((open_clip.tokenize(long[n:n + 1000], 78)[:, 77] != 0).sum()) for n in range(0, len(long), 1000))
+
+
 class LaionAesthetic(nn.Module):
     """LAION aesthetic predictor V2: five linear layers on a CLIP ViT-L/14 image embedding of unit length.
 
@@ -98,6 +105,8 @@ class HPSv2(nn.Module):
             from huggingface_hub import hf_hub_download
             path = hf_hub_download("xswu/HPSv2", hps_version_map[version])
         return cls(load_clip("ViT-H-14", path, device, checkpoint)).eval().requires_grad_(False)
+
+    too_long = staticmethod(too_long)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 3, S, S): the longest side to S, antialiased bicubic, the rest black."""

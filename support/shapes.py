@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import UserError, load_weights
+from support import PromptError, UserError, brief, load_weights
 
 
 class WordTable(nn.Module):
@@ -32,12 +32,17 @@ class WordTable(nn.Module):
             words = prompt.lower().split()
             unknown = [word for word in words if word not in self.index]
             if unknown:
-                raise UserError(f"the base 'shapes' does not know the word {unknown[0]!r} in the prompt "
-                                f"{prompt!r}; it knows: {' '.join(w for w in self.index if w)}")
+                raise PromptError(f"the base 'shapes' does not know the word {brief(unknown[0], 60)!r} in the prompt "
+                                  f"{brief(prompt, 100)!r}; it knows: {' '.join(w for w in self.index if w)}", prompt)
             if len(words) > len(row):
-                raise UserError(f"the prompt {prompt!r} has {len(words)} words; 'shapes' takes {len(row)}")
+                raise PromptError(f"the prompt {brief(prompt, 100)!r} has {len(words)} words; 'shapes' takes {len(row)}", prompt)
             row[:len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
         return out.to(self.words.weight.device)
+
+    def prepare(self, prompts: list[str]) -> None:
+        """Check the prompts of a run, of which there may be millions."""
+        for n in range(0, len(prompts), 1000):
+            self.tokens(prompts[n:n + 1000])
 
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeds (B, L, D), and a mask (B, L), true where there is a word."""
