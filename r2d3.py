@@ -99,14 +99,16 @@ HERE = Path(__file__).resolve().parent
 # base, recipe and reward", see PRESETS.
 # -----------------------------------------------------------------------------------------------------------
 
+BaseName = Literal["shapes", "diffsplat-pixart", "diffsplat-sd15", "diffsplat-sd35", "gaussiancube"]
+
 
 @dataclass
 class Config:
     """Align a text-to-3D diffusion model with a 2D reward (Nabla-R2D3, arXiv 2506.15684)."""
 
     # [train sample evaluate cost] The model
-    base: Literal["shapes", "diffsplat-pixart", "diffsplat-sd15", "gaussiancube"] = "shapes"  # the 3D
-    #   diffusion model; shapes is embedded in this repository, the others are downloaded once
+    base: BaseName = "shapes"  # the 3D diffusion model; shapes is embedded in this repository, the others are
+    #   downloaded once
     weights: str | None = None  # a folder laid out like the published repository; for shapes a file; "random"
     #   builds the full-size network untrained, to measure what it costs
     precision: Literal["bf16", "float32"] = "bf16"  # of a published base's frozen denoiser on a GPU;
@@ -116,8 +118,8 @@ class Config:
     backend: Literal["torch", "triton"] | None = None  # of the kernels; by default triton on a GPU
     seed: int = 0  # everything random in a run follows from it
     # [train sample evaluate cost] Sampling
-    sampler: Literal["dpm", "ddim"] | None = None  # dpm is first-order SDE-DPM-Solver++, ddim is DDIM with
-    #   eta 1
+    sampler: Literal["dpm", "ddim", "euler"] | None = None  # dpm is first-order SDE-DPM-Solver++, ddim is
+    #   DDIM with eta 1; euler draws no noise: a rectified flow samples with it, and trains with the others
     steps: int | None = None  # steps of the sampler
     guidance: float | None = None  # scale of classifier-free guidance, in sampling, loss and reward gradient
     # [train sample cost] Prompts
@@ -208,6 +210,11 @@ PRESETS = {
     "diffsplat-pixart": PAPER | {"": PAPER[""] | {"lora_rank": 16}},
     "diffsplat-sd15": PAPER | {"": PAPER[""] | {"sampler": "ddim"}},
     "gaussiancube": PAPER | {"": PAPER[""] | {"steps": 50}},
+    # The paper trains no rectified flow. A match in v, the network's own output, needs a lambda like that of
+    # "fast": the paper's belongs to a match of scores, which weighs noise levels by k squared.
+    "diffsplat-sd35": PAPER | {"": PAPER[""] | {"steps": 28, "lora_rank": 16},
+                               "nabla": {"matching": "v", "reg_weight": 1.0, "last_step": "never"},
+                               "ddpo": {"last_step": "never"}},
 }
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0     # of AdamW, and of all LoRA gradients together (paper)
 DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; else 1e-4
@@ -420,6 +427,7 @@ def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
 # Every step of the sampler is one Gaussian transition; this class is all that the method knows of diffusion.
 # Needs: nothing. Timesteps and noise levels come from diffusers' schedulers.
 #     x_t = alpha_t x0 + sigma_t eps,   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
+# A rectified flow is the case alpha = 1 - sigma, whose network predicts v = eps - x0.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -428,11 +436,15 @@ class NoiseSchedule:
 
     First-order SDE-DPM-Solver++ and DDIM with eta = 1 are the same transition on different grids. Every
     method takes a grid point i: an int, or one per sample as a LongTensor (M,). Tables: float64, CPU.
+    `prediction` is "eps", or "v" for a rectified flow, whose timesteps are 1000 sigma, not rounded. With
+    `ode` a step draws no noise, as Euler's of a flow and DDIM with eta = 0.
     """
 
-    def __init__(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor):
-        self.timesteps = timesteps.long().cpu()
+    def __init__(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor,
+                 prediction: Literal["eps", "v"] = "eps", ode: bool = False):
+        self.timesteps = timesteps.cpu() if prediction == "v" else timesteps.long().cpu()
         self.alpha, self.sigma = alpha.double().cpu(), sigma.double().cpu()
+        self.prediction, self.ode = prediction, ode
         if not len(alpha) == len(sigma) == len(timesteps) + 1:
             raise ValueError(f"want T timesteps and T + 1 levels; got {len(timesteps)} and {len(alpha)}")
 
@@ -440,15 +452,26 @@ class NoiseSchedule:
         return len(self.timesteps)
 
     @classmethod
-    def from_diffusers(cls, sampler: str, steps: int, **betas) -> NoiseSchedule:
+    def from_diffusers(cls, sampler: str, steps: int, flow_shift: float = 0.0, **betas) -> NoiseSchedule:
         """The grid of "dpm" (sde-dpmsolver++ of order 1, Nabla-R2D3's) or "ddim", with diffusers' numbers.
 
-        Both end at the smallest noise level instead of at 0, so that the last step is a Gaussian too.
+        Both end at the smallest noise level instead of at 0, so that the last step is a Gaussian too. With
+        `flow_shift` they are a rectified flow's: "dpm" starts just below sigma = 1, "ddim" walks the grid of
+        diffusers' flow sampler, and so does "euler", without noise. They end at sigma = 0, as published: the
+        last step draws no noise, and is not trained.
         """
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+        dpm = partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=1)
+        if flow_shift:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=flow_shift) if sampler != "dpm" else dpm(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+            scheduler.set_timesteps(steps)
+            sigma = scheduler.sigmas.double()
+            return cls(1000 * sigma[:-1], 1 - sigma, sigma, prediction="v", ode=sampler == "euler")
+        if sampler == "euler":
+            raise UserError("--sampler euler is for a rectified flow; this base samples with dpm or ddim")
         if sampler == "dpm":
-            scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1,
-                                                    final_sigmas_type="sigma_min", **betas)
+            scheduler = dpm(final_sigmas_type="sigma_min", **betas)
             scheduler.set_timesteps(steps)
             ratio = scheduler.sigmas.double()                                       # sigma / alpha, (T + 1,)
             alpha = (1 + ratio ** 2).rsqrt()
@@ -460,29 +483,37 @@ class NoiseSchedule:
         return cls(timesteps, squared.sqrt(), (1 - squared).sqrt())
 
     def t(self, i: int | Tensor) -> Tensor:
-        """What the network is told at grid point i; after the last step that is timestep 0."""
+        """What the network is told at grid point i; after the last step timestep 0, in a flow 1000 sigma."""
+        if self.prediction == "v":
+            return (1000 * self.sigma[i]).float()
         return torch.cat([self.timesteps, torch.zeros(1, dtype=torch.long)])[i]
 
-    def x0(self, x: Tensor, eps: Tensor, i: int | Tensor) -> Tensor:
+    def x0(self, x: Tensor, prediction: Tensor, i: int | Tensor) -> Tensor:
         """Estimate of the clean latent from x at grid point i (E1)."""
-        return (x - per_sample(self.sigma[i], x) * eps) / per_sample(self.alpha[i], x)
+        clean = x - per_sample(self.sigma[i], x) * prediction
+        return clean if self.prediction == "v" else clean / per_sample(self.alpha[i], x)
 
     def step(self, i: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step i as x_s ~ N(c_x x_t + c_0 x0, std^2): c_x, c_0 (E2), std (E3)."""
-        decay = self.sigma[i + 1] * self.alpha[i] / (self.sigma[i] * self.alpha[i + 1])             # e^-h
-        c_x = self.sigma[i + 1] / self.sigma[i] * decay                                             # (E2)
-        c_0 = self.alpha[i + 1] * (1 - decay ** 2)                                                  # (E2)
-        return c_x, c_0, self.sigma[i + 1] * (1 - decay ** 2).sqrt()                                # (E3)
+        alpha_t, sigma_t = self.alpha[i], self.sigma[i]
+        alpha_s, sigma_s = self.alpha[i + 1], self.sigma[i + 1]
+        if self.ode:                                            # the noise in x_t is kept, none is drawn
+            c_x = sigma_s / sigma_t
+            return c_x, alpha_s - alpha_t * c_x, torch.zeros_like(c_x)
+        decay = alpha_t * sigma_s / (alpha_s * sigma_t)         # e^-h; its logarithm may be infinite
+        c_x = sigma_s / sigma_t * decay                                                             # (E2)
+        c_0 = alpha_s * (1 - decay ** 2)                                                            # (E2)
+        return c_x, c_0, sigma_s * (1 - decay ** 2).sqrt()                                          # (E3)
 
-    def transition(self, x: Tensor, eps: Tensor, i: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (like x) and std (to broadcast against it) of x_s, given x_t and its noise."""
+    def transition(self, x: Tensor, prediction: Tensor, i: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (like x) and std (to broadcast against it) of x_s, given x_t and its prediction."""
         c_x, c_0, std = (per_sample(value, x) for value in self.step(i))
-        return c_x * x + c_0 * self.x0(x, eps, i), std                                              # (E2, E3)
+        return c_x * x + c_0 * self.x0(x, prediction, i), std                                       # (E2, E3)
 
     def k(self, i: int | Tensor) -> Tensor:
-        """How the score of step i depends on the prediction: score = const - k eps (E6)."""
-        _, c_0, std = self.step(i)
-        return c_0 * self.sigma[i] / (self.alpha[i] * std ** 2)
+        """How the score of step i depends on the prediction: score = const - k prediction (E6)."""
+        k_v = self.sigma[i] * self.alpha[i + 1] / self.sigma[i + 1] ** 2        # where c_0 / std^2 cancels
+        return k_v if self.prediction == "v" else k_v / self.alpha[i]
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -498,13 +529,17 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 
 class Cond(NamedTuple):
-    """Encoded prompts: embeds (B, L, D); mask (B, L), true where there is a word, or None."""
+    """Encoded prompts; what a network does not take is None."""
 
-    embeds: Tensor
-    mask: Tensor | None
+    embeds: Tensor                  # (B, L, D)
+    mask: Tensor | None             # (B, L) true where there is a word
+    pooled: Tensor | None = None    # (B, P) one vector for the whole prompt
+
+    def map(self, function: Callable, *others: Cond) -> Cond:                       # of every field there is
+        return Cond(*(None if fields[0] is None else function(*fields) for fields in zip(self, *others)))
 
     def __getitem__(self, rows) -> Cond:                                            # cond[rows] picks objects
-        return Cond(self.embeds[rows], None if self.mask is None else self.mask[rows])
+        return self.map(lambda field: field[rows])
 
 
 class Base(Protocol):
@@ -526,7 +561,7 @@ class Base(Protocol):
         """Prompts as `predict` takes them; [""] gives the unconditional half of guidance."""
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The noise in x (B, *latent_shape) at timesteps t (B,), whatever the network predicts; like x."""
+        """The noise in x (B, *latent_shape) at timesteps t (B,), or v, see NoiseSchedule; like x."""
 
     def decode(self, x0: Tensor) -> Gaussians:
         """Clean latents (B, *latent_shape) as splats; differentiable."""
@@ -595,8 +630,9 @@ class DiffSplat(Base):
         self.c2w, self.fxfycxcy = input_cameras(1, self.device)
         rays = plucker_rays(self.c2w, self.fxfycxcy, image_size, image_size, half_image_shift)[0]
         self.plucker = F.interpolate(rays, (size, size), mode="bilinear")           # (V, 6, h, w)
-        from diffusers import DDIMScheduler
-        self.alpha_by_t = DDIMScheduler(**betas).alphas_cumprod.sqrt().to(self.device)  # (1000,)
+        if prediction_type == "v_prediction":
+            from diffusers import DDIMScheduler
+            self.alpha_by_t = DDIMScheduler(**betas).alphas_cumprod.sqrt().to(self.device)  # (1000,)
 
     def encode(self, prompts: list[str]) -> Cond:
         """Prompts as the network takes them."""
@@ -618,7 +654,7 @@ class DiffSplat(Base):
         out = self.net(rows, encoder_hidden_states=embeds, timestep=t.repeat_interleave(V), return_dict=False,
                        encoder_attention_mask=mask, added_cond_kwargs=extra)[0]
         out = out[:, :C].unflatten(0, (B, V)).float()           # PixArt's second half is an unused variance
-        if self.prediction_type == "epsilon":
+        if self.prediction_type != "v_prediction":
             return out
         alpha = per_sample(self.alpha_by_t[t], x)               # v = alpha eps - sigma x0
         return alpha * out + (1 - alpha ** 2).sqrt() * x
@@ -698,6 +734,23 @@ class GaussianCube(Base):
                          (SH_C0 * color + 0.5).clamp(min=0))
 
 
+class DiffSplatSD3(DiffSplat):
+    """DiffSplat on Stable Diffusion 3.5, a rectified flow: `predict` returns v = noise - x0.
+
+    The stock network gets the views of an object as one tall picture: its joint attention then sees all of
+    them and the text, once, as DiffSplat's own does. published.positions_by_view does the rest.
+    """
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v in x (B, V, C, h, w) at timesteps t (B,), which are 1000 sigma: like x."""
+        dtype = next(self.net.parameters()).dtype
+        rows = torch.cat([x, self.plucker.expand(len(x), -1, -1, -1, -1)], 2)
+        tall = rows.transpose(1, 2).flatten(2, 3).to(dtype)     # (B, C + 6, V h, w)
+        text = cond.map(lambda field: field.to(self.device, dtype))
+        out = self.net(tall, text.embeds, text.pooled, t.to(self.device), return_dict=False)[0]
+        return out.unflatten(2, (self.views, -1)).transpose(1, 2).float()
+
+
 def load_base(config: Config, device: torch.device | str) -> Base:
     """The base that `config.base` names, frozen. Raises UserError for missing or damaged weights."""
     if config.base == "shapes":
@@ -709,7 +762,7 @@ def load_base(config: Config, device: torch.device | str) -> Base:
         base = GaussianCube(**gaussiancube.load(config.weights, device), device=device)
     else:
         parts = published.load(config.base, config.weights, device, config.precision)
-        base = DiffSplat(**parts, device=device)
+        base = (DiffSplatSD3 if config.base == "diffsplat-sd35" else DiffSplat)(**parts, device=device)
     if config.checkpoint:
         base.net.enable_gradient_checkpointing()
     return base
@@ -885,9 +938,7 @@ def predict_both(base: Base, x: Tensor, t: Tensor, cond: Cond, null: Cond,
     """The unconditional and the conditional prediction, in one batch; the first is None if guidance is 1."""
     if guidance == 1:
         return None, base.predict(x, t, cond)
-    M = len(x)
-    both = Cond(torch.cat([null.embeds.expand(M, -1, -1), cond.embeds]),
-                None if cond.mask is None else torch.cat([null.mask.expand(M, -1), cond.mask]))
+    both = cond.map(lambda text, nothing: torch.cat([nothing.expand_as(text), text]), null)
     return base.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
 
 
@@ -981,12 +1032,13 @@ def match_weights(schedule: NoiseSchedule, i: Tensor, *, beta: float, matching: 
 
     That weighs the noise levels in the loss, and leaves the residual's zero where it is. "score" is E4 as
     published (c = k), "kl" the Kullback-Leibler divergence of the two steps (c = k std), "eps" and "v"
-    compare the predictions.
+    compare the predictions, where a change of v is one of eps divided by alpha_t.
     """
-    k, alpha_s = schedule.k(i), schedule.alpha[i + 1]
+    k, alpha_t, alpha_s = schedule.k(i), schedule.alpha[i], schedule.alpha[i + 1]
     weight = beta * alpha_s ** {"squared": 2, "linear": 1, "none": 0}[time_weight]
-    c = {"score": k, "kl": k * schedule.step(i)[2], "eps": torch.ones_like(k),
-         "v": 1 / schedule.alpha[i]}[matching]
+    own = torch.ones_like(k)
+    in_eps, in_v = (own, 1 / alpha_t) if schedule.prediction == "eps" else (alpha_t, own)
+    c = {"score": k, "kl": k * schedule.step(i)[2], "eps": in_eps, "v": in_v}[matching]
     return c, c * weight / k
 
 
@@ -1084,7 +1136,8 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
 
     # 1. The reward gradient. Levels whose target beta w / k is small next to the largest can do without
     # (skip_below).
-    target = match_weights(schedule, torch.arange(len(schedule)), matching="eps", **weights)[1]       # (T,)
+    own, levels = schedule.prediction, torch.arange(len(schedule))
+    target = match_weights(schedule, levels, matching=own, **weights)[1]                              # (T,)
     asked = (target >= config.skip_below * target.max())[batch.i]                                     # (M,)
     g, score, some = torch.zeros_like(batch.x_s), torch.zeros(len(batch.i)), batch.at(asked)
     if config.estimator == "identity":
@@ -1322,6 +1375,11 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
     if not pick_steps(config, seeded(0)):
         raise UserError("no step of the sampler would be trained; use more --steps or another --last-step")
     base = base or load_base(config, config.device)
+    schedule = base.schedule(config.sampler, config.steps)
+    trained = torch.arange(config.steps - (config.last_step == "never"))
+    if config.method in ("nabla", "ddpo") and not schedule.step(trained)[2].all():
+        raise UserError("a step that draws no noise cannot be trained: a rectified flow's last one (give "
+                        "--last-step never) and all of --sampler euler (train with dpm, sample with euler)")
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
     base.prepare([*prompts, ""])
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
@@ -1329,7 +1387,6 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
     reward(Render(blank, *(blank[:, :, :1],) * 3, blank), prompts[:1])
     judge = make_judge(base, reward, views=config.views, view_size=config.view_size, backend=config.backend,
                        elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
-    schedule = base.schedule(config.sampler, config.steps)
     return Job(base, judge, schedule, base.encode([""]), config, rank, world), reward
 
 
@@ -1423,6 +1480,10 @@ def cost(config: Config, base: Base | None = None) -> dict:
     """
     config = resolve(config)
     on_gpu = torch.device(config.device).type == "cuda"
+    if not on_gpu and base is None and config.weights == "random":
+        if counted := published.count(config.base, partial(add_lora, rank=config.lora_rank, seed=0)):
+            print(json.dumps(counted, indent=1))                # more than a CPU can be asked for
+            return counted
     if not on_gpu and config.base != "shapes":
         config = dataclasses.replace(config, batch_size=1, fraction=1 / config.steps, updates_per_epoch=1)
     prompts = load_prompts(config.prompts)[:config.batch_size]

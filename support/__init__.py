@@ -76,6 +76,9 @@ def fetching(what: str, size: str, local: Path | None = None) -> Iterator[None]:
         raise UserError(f"{what}: {error}; pip install -r requirements.txt brings what is needed") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if "gated" in why.lower():                              # huggingface_hub's word, and transformers'
+            raise UserError(f"{what} needs a licence: agree to it on the model's page on the Hugging Face hub, then run "
+                            "hf auth login here") from None
         if local:
             raise UserError(f"{what} in {local} cannot be read ({why}); is it complete?") from None
         raise UserError(f"{what} could not be fetched or read ({why}); a network is needed once, for {size}; "

@@ -45,6 +45,18 @@ PUBLISHED = {
     # its network and files are gaussiancube.py's; the text features that it was trained with were float32
     "gaussiancube": {"text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "3 GB",
                      "text_precision": "float32"},
+    # a rectified flow; both configs are those of stabilityai's model, but for the channels and the size of a picture
+    "diffsplat-sd35": {
+        "net": "gsdiff_gobj83k_sd35m__render", "part": "transformer_ema", "vae": "gsvae_gobj265k_sd3",
+        "text": "stabilityai/stable-diffusion-3.5-medium", "length": 77 + 256, "text_dim": 4096, "pooled_dim": 2048,
+        "download": "22 GB", "betas": {"flow_shift": 3.0}, "prediction_type": "flow_prediction", "guidance": 5.0,
+        "lora_targets": [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_out"],   # also the text's
+        "vae_config": VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+                             "use_post_quant_conv": False},
+        "net_config": {"_class_name": "SD3Transformer2DModel", "sample_size": 32, "patch_size": 2, "in_channels": 22,
+                       "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+                       "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+                       "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}},
 }
 
 
@@ -76,15 +88,17 @@ def load(base: str, weights: str | None, device: torch.device | str, precision: 
         encode = random_text(base, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)                                # the same in every process and after a break
-            net, vae = build(about["net_config"]), build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
+            net, vae = build_both(base)
     else:
         net, vae = load_networks(base, Path(weights) if weights else download(base))
-        encode = TextEncoder(base, Path(weights) if weights else None, device)
+        encode = (SD3TextEncoder if base == "diffsplat-sd35" else TextEncoder)(base, Path(weights) if weights else None, device)
+    if base == "diffsplat-sd35":
+        positions_by_view(net, 4)
     half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     nn.Module.to(net, half if precision == "bf16" else torch.float32)     # diffusers' own .to warns of nothing
     nn.Module.to(vae, half)
     return {"net": net, "vae": vae, "text": encode, "image_size": min(256, vae.config.sample_size),
-            "prediction_type": "epsilon", "guidance": 7.5, "betas": about["betas"],
+            "prediction_type": about.get("prediction_type", "epsilon"), "guidance": about.get("guidance", 7.5), "betas": about["betas"],
             "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),
             "latent_std": torch.tensor(1 / vae.config.scaling_factor), "scale_range": (0.0005, 0.02), "depth_scale": 1.0,
             "half_image_shift": True, "eval_size": 512, "lora_targets": about["lora_targets"]}
@@ -159,16 +173,52 @@ def build(config: dict) -> nn.Module:
     return cls(**{name: value for name, value in config.items() if name in inspect.signature(cls.__init__).parameters})
 
 
+def build_both(base: str) -> tuple[nn.Module, nn.Module]:
+    """Denoiser and VAE of the published sizes, untrained."""
+    about = PUBLISHED[base]
+    return build(about["net_config"]), build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
+
+
+def count(base: str, add_lora: Callable[[nn.Module, list[str]], nn.Module]) -> dict | None:
+    """Parameters of a base that is too large to be run on a CPU (above 1e9), counted without memory; None of others."""
+    if "net_config" not in PUBLISHED.get(base, {}):
+        return None
+    with torch.device("meta"):
+        net, vae = build_both(base)
+        if net.num_parameters() < 1e9:
+            return None
+        parts = {"net": net.num_parameters(), "vae": vae.num_parameters()}
+        lora = add_lora(net, PUBLISHED[base]["lora_targets"])
+    trained = sum(weight.numel() for name, weight in lora.named_parameters() if "lora_" in name)
+    return {"device": "CPU: counted only, nothing was run; this base needs a GPU", "parameters": parts | {"LoRA, trained": trained}}
+
+
+def positions_by_view(net: nn.Module, views: int) -> nn.Module:
+    """A stock SD3 network whose rows are tall pictures, the views of an object one above the other: (B, C, V h, w).
+
+    All but the positions treats such a picture as it should: they must be those of a view, anew in each.
+    """
+    stock = net.pos_embed.forward           # patches and positions of one picture: (B, C, h, w) -> (B, n, D)
+
+    def forward(tall: Tensor) -> Tensor:
+        rows = tall.unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1)     # ((b v), C, h, w)
+        return stock(rows).unflatten(0, (len(tall), views)).flatten(1, 2)
+
+    net.pos_embed.forward = forward         # a module around it would rename its weights
+    return net
+
+
 def read_network(config: dict, weights: dict[str, Tensor], where: Path) -> nn.Module:
     for name in ("conv_in.weight", "pos_embed.proj.weight"):    # the Pluecker rays' channels may not be in the config
         if name in weights:
             config = config | {"in_channels": weights[name].shape[1]}
-    try:
-        net = build(config)
+    try:        # all of SD3's tables are in its file, and they are large: made empty, it takes the file's tensors as they are
+        with torch.device("meta" if config.get("pos_embed_max_size") else "cpu"):
+            net = build(config)
     except Exception as error:
         raise UserError(f"{where}: no {config['_class_name']} can be made from its config.json ({error})") from None
     try:
-        net.load_state_dict({name: value.float() for name, value in weights.items()})
+        net.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     except RuntimeError as error:
         what = " ".join(str(error).split("\n")[1].split())[:200]
         raise UserError(f"the weights {where} do not fit {config['_class_name']}: {what}") from None
@@ -182,13 +232,16 @@ class TextEncoder:
     several processes may share the folder. The encoder is loaded when a prompt is new, and freed at once.
     """
 
+    folders = "text_encoder", "tokenizer"
+
     def __init__(self, base: str, root: Path | None, device: torch.device | str):
         about = PUBLISHED[base]
         self.clip, self.length, self.device = "clip" in about["text"], about["length"], device
-        self.what = f"the text encoder of {base}", f"about {about['download']} with the weights"
+        self.whole = self.clip                                  # padding counts as text
+        self.what = f"the text encoder of {base} ({about['text']})", f"about {about['download']} with the weights"
         self.repo, self.root = about["text"], root
         self.source = self.repo, [(str(path), path.stat().st_size, path.stat().st_mtime_ns)     # other files, other key
-                                  for part in ("text_encoder", "tokenizer") if root
+                                  for part in self.folders if root
                                   for path in sorted((root.resolve() / part).glob("*"))]
         half = torch.device(device).type == "cuda" and "text_precision" not in about
         self.dtype = torch.bfloat16 if half else torch.float32
@@ -200,33 +253,33 @@ class TextEncoder:
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         self.prepare(prompts)
-        rows = [self.read(prompt) for prompt in prompts]
+        rows = [self.read(prompt)["embeds"] for prompt in prompts]
         embeds = torch.stack([nn.functional.pad(row, (0, 0, 0, self.length - len(row))) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
-        mask = None if self.clip else (torch.arange(self.length) < lengths[:, None]).to(self.device)
+        mask = None if self.whole else (torch.arange(self.length) < lengths[:, None]).to(self.device)
         return embeds.to(self.device), mask
 
     def prepare(self, prompts: list[str]) -> None:
         """Encode what is not on disk yet; nothing is kept in memory, prompt lists may be long."""
         if new := [prompt for prompt in dict.fromkeys(prompts) if self.read(prompt) is None]:
-            folders = [Path(self.place(part)["pretrained_model_name_or_path"]) for part in ("text_encoder", "tokenizer")]
+            folders = [Path(self.place(part)["pretrained_model_name_or_path"]) for part in self.folders]
             with fetching(*self.what, local=folders[0] if all(folder.is_dir() for folder in folders) else None):
                 self.encode(new)
 
-    def read(self, prompt: str) -> Tensor | None:
-        """(L, D) of the valid tokens; None if there is no such file, or only part of it."""
+    def read(self, prompt: str) -> dict[str, Tensor] | None:
+        """embeds (L, D) of the valid tokens, of SD3's CLIP pooled (P,) too; None if there is no such file, or part of it."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         try:
-            return load_file(self.path(prompt))["embeds"]
+            return load_file(self.path(prompt))
         except (OSError, SafetensorError):
             return None
 
     def place(self, part: str) -> dict:
-        """Where from_pretrained finds "text_encoder" or "tokenizer": in our own folder if there, else on the hub."""
+        """Where from_pretrained finds one of `folders`: in our own folder if there, else on the hub."""
         if self.root and (self.root / part).is_dir():
             return {"pretrained_model_name_or_path": str(self.root / part)}
-        return {"pretrained_model_name_or_path": self.repo} | ({} if self.clip else {"subfolder": part})
+        return {"pretrained_model_name_or_path": self.repo} | ({} if self.repo.startswith("openai/") else {"subfolder": part})
 
     def tokenizer(self) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
         """Prompts -> token numbers (B, L), mask (B, L).
@@ -236,13 +289,13 @@ class TextEncoder:
         """
         from huggingface_hub import hf_hub_download
         from transformers import AutoTokenizer
-        place = self.place("tokenizer")
+        place = self.place(self.folders[1])
         own = Path(place["pretrained_model_name_or_path"])
-        if self.clip or (own / "tokenizer.json").is_file():
+        if self.whole or (own / "tokenizer.json").is_file():
             stock = AutoTokenizer.from_pretrained(**place)
 
             def tokens(prompts: list[str]) -> tuple[Tensor, Tensor]:
-                found = stock(prompts, padding="max_length" if self.clip else "longest", max_length=self.length,
+                found = stock(prompts, padding="max_length" if self.whole else "longest", max_length=self.length,
                               truncation=True, return_tensors="pt")
                 return found.input_ids, found.attention_mask
             return tokens
@@ -261,24 +314,80 @@ class TextEncoder:
         """Fill the cache on disk."""
         from safetensors.torch import save
         from tqdm import tqdm
-        from transformers import CLIPTextModel, T5EncoderModel
-        tokenizer, cls = self.tokenizer(), CLIPTextModel if self.clip else T5EncoderModel
-        place = self.place("text_encoder")
-        model, found = cls.from_pretrained(**place, dtype=self.dtype, output_loading_info=True)
+        tokenizer, place = self.tokenizer(), self.place(self.folders[0])
+        model, found = self.model_class().from_pretrained(**place, dtype=self.dtype, output_loading_info=True)
         if found["missing_keys"]:                               # else they would be random
             raise UserError(f"the text encoder in {place['pretrained_model_name_or_path']} lacks {min(found['missing_keys'])}; "
                             "copy it again")
         model = model.to(self.device).eval()
         for n in tqdm(range(0, len(prompts), 32), "encoding prompts", leave=False, disable=len(prompts) < 64):
             part = prompts[n:n + 32]
-            ids, mask = tokenizer([prompt if self.clip else prompt.lower().strip() for prompt in part])     # as published
-            embeds = model(ids.to(self.device), attention_mask=None if self.clip else mask.to(self.device))[0]
-            for prompt, row, valid in zip(part, embeds.cpu(), mask.sum(1).tolist()):
-                write_atomic(self.path(prompt), save({"embeds": (row if self.clip else row[:valid]).clone()}))
+            ids, mask = tokenizer([prompt if self.whole else prompt.lower().strip() for prompt in part])    # as published
+            encoded = self.run(model, ids.to(self.device), None if self.whole else mask.to(self.device))
+            for row, prompt in enumerate(part):
+                own = {name: value[row].cpu() for name, value in encoded.items()}
+                if not self.whole:
+                    own["embeds"] = own["embeds"][:mask[row].sum()]
+                write_atomic(self.path(prompt), save({name: value.contiguous() for name, value in own.items()}))
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def model_class(self) -> type[nn.Module]:
+        from transformers import CLIPTextModel, T5EncoderModel
+        return CLIPTextModel if self.clip else T5EncoderModel
+
+    def run(self, model: nn.Module, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """What is kept of each prompt: the last layer's output."""
+        return {"embeds": model(ids, attention_mask=mask)[0]}
+
+
+class SD3TextPart(TextEncoder):
+    """One of SD3's three encoders, number 1 to 3: two CLIPs (77 tokens), then T5 (256). No token is masked in any."""
+
+    def __init__(self, base: str, root: Path | None, device: torch.device | str, number: int):
+        suffix = "" if number == 1 else f"_{number}"
+        self.folders = f"text_encoder{suffix}", f"tokenizer{suffix}"
+        super().__init__(base, root, device)
+        self.clip, self.whole, self.length = number < 3, True, 77 if number < 3 else 256
+        self.source = self.folders, *self.source
+
+    def model_class(self) -> type[nn.Module]:
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+        return CLIPTextModelWithProjection if self.clip else T5EncoderModel
+
+    def run(self, model: nn.Module, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Of CLIP the last layer but one, without the final norm, and the projected end of text; of T5 its output."""
+        if not self.clip:
+            return {"embeds": model(ids)[0]}
+        out = model(ids, output_hidden_states=True)
+        return {"embeds": out.hidden_states[-2], "pooled": out.text_embeds}
+
+
+class SD3TextEncoder:
+    """Prompts -> (embeds (B, 77 + 256, D), None, pooled (B, P)), by two CLIPs and T5, one after the other, each then freed.
+
+    The first 77 tokens are both CLIPs' side by side, filled up with zeros to the D of T5, whose 256 follow.
+    """
+
+    def __init__(self, base: str, root: Path | None, device: torch.device | str):
+        self.parts, self.device = [SD3TextPart(base, root, device, number) for number in (1, 2, 3)], device
+
+    def prepare(self, prompts: list[str]) -> None:
+        for part in self.parts:
+            part.prepare(prompts)
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, None, Tensor]:
+        self.prepare(prompts)
+        first, second, t5 = ([part.read(prompt) for prompt in prompts] for part in self.parts)
+        rows = []
+        for one, two, three in zip(first, second, t5):
+            clip = torch.cat([one["embeds"], two["embeds"]], 1)
+            filled = nn.functional.pad(clip, (0, three["embeds"].shape[1] - clip.shape[1]))
+            rows.append(torch.cat([filled, three["embeds"]]))
+        pooled = torch.stack([torch.cat([one["pooled"], two["pooled"]]) for one, two in zip(first, second)])
+        return torch.stack(rows).to(self.device), None, pooled.to(self.device)
 
 
 def benchmark_prompts(style: str) -> list[str]:
@@ -290,16 +399,20 @@ def benchmark_prompts(style: str) -> list[str]:
         return [" ".join(prompt.split()) for prompt in hpsv2.benchmark_prompts(style)]
 
 
-def random_text(base: str, device: torch.device | str) -> Callable[[list[str]], tuple[Tensor, Tensor | None]]:
+def random_text(base: str, device: torch.device | str) -> Callable[[list[str]], tuple[Tensor | None, ...]]:
     """Stands for the text encoder where weights are random: unit Gaussians that depend on the prompt."""
     about = PUBLISHED[base]
 
-    def encode(prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        def row(prompt: str) -> Tensor:
-            seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)
-            return torch.randn(about["length"], about["text_dim"], generator=torch.Generator().manual_seed(seed))
+    def row(prompt: str, *shape: int) -> Tensor:
+        seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def encode(prompts: list[str]) -> tuple[Tensor | None, ...]:
+        embeds = torch.stack([row(prompt, about["length"], about["text_dim"]) for prompt in prompts]).to(device)
+        if base == "diffsplat-sd35":
+            return embeds, None, torch.stack([row(prompt, about["pooled_dim"]) for prompt in prompts]).to(device)
         mask = (torch.arange(about["length"], device=device) < 20).repeat(len(prompts), 1)
-        return torch.stack([row(prompt) for prompt in prompts]).to(device), None if "clip" in about["text"] else mask
+        return embeds, None if "clip" in about["text"] else mask
 
     encode.prepare = lambda prompts: None                       # there is nothing to keep
     return encode

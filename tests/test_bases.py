@@ -430,7 +430,7 @@ def test_prompts_are_encoded_once(name, folder, monkeypatch):
     base = load(name, folder)
     assert not loaded                                           # only when text is encoded
     prompts = ["a red lamp", "a blue cube with two arms", "", "a red lamp"]
-    embeds, mask = base.encode(prompts)
+    embeds, mask, _ = base.encode(prompts)
     assert len(loaded) == 1 and torch.equal(embeds[0], embeds[3]) and not torch.equal(embeds[0], embeds[1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     model = real(folder / "text_encoder").eval()
