@@ -232,7 +232,8 @@ PRESETS = {
     # The paper trains no rectified flow. A match in v, the network's own output, needs a lambda like that of
     # "fast": the paper's belongs to a match of scores, which weighs noise levels by k squared.
     "diffsplat-sd35": PAPER | {"": PAPER[""] | {"steps": 28, "lora_rank": 16},
-                               "nabla": {"matching": "v", "reg_weight": 1.0}},
+                               "nabla": {"matching": "v", "reg_weight": 1.0, "last_step": "never"},
+                               "ddpo": {"last_step": "never"}},
 }
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0     # of AdamW, and of all LoRA gradients together (paper)
 DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; 1e-4 elsewhere
@@ -706,33 +707,6 @@ class DiffSplat(Base):
                                        self.fxfycxcy.expand(B, -1, -1), self.scale_range, self.depth_scale)
 
 
-class DiffSplatSD3(DiffSplat):
-    """DiffSplat on Stable Diffusion 3.5, a rectified flow: `predict` returns v = noise - x0.
-
-    The stock network gets the views of an object as one tall picture: its joint attention then sees all of
-    them and the text, once, as DiffSplat's own does. Only the positions have to start anew in every view.
-    """
-
-    def __init__(self, net: nn.Module, *args, **kwargs):
-        super().__init__(net, *args, **kwargs)
-        stock = net.pos_embed.forward       # patches and positions of one picture: (B, C, h, w) -> (B, n, D)
-
-        def forward(tall: Tensor) -> Tensor:
-            views = tall.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)   # ((b v), C, h, w)
-            return stock(views).unflatten(0, (len(tall), self.views)).flatten(1, 2)
-
-        net.pos_embed.forward = forward     # a module around it would rename its weights
-
-    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """v in x (B, V, C, h, w) at timesteps t (B,), which are 1000 sigma: like x."""
-        dtype = next(self.net.parameters()).dtype
-        rows = torch.cat([x, self.plucker.expand(len(x), -1, -1, -1, -1)], 2)
-        tall = rows.transpose(1, 2).flatten(2, 3).to(dtype)     # (B, C + 6, V h, w)
-        text = cond.map(lambda field: field.to(self.device, dtype))
-        out = self.net(tall, text.embeds, text.pooled, t.to(self.device), return_dict=False)[0]
-        return out.unflatten(2, (self.views, -1)).transpose(1, 2).float()
-
-
 class GaussianCube(Base):
     """GaussianCube (arXiv 2403.19655): a grid of D^3 Gaussians, denoised by a 3D U-Net that predicts x0.
 
@@ -789,6 +763,23 @@ class GaussianCube(Base):
                          self.size * (scales.clamp(0, 1) ** 2 + self.thickness ** 2).sqrt(),
                          torch.stack([w + i, i - w, j + k, k - j], -1), opacity[..., 0].clamp(0, 1),
                          (SH_C0 * color + 0.5).clamp(min=0))
+
+
+class DiffSplatSD3(DiffSplat):
+    """DiffSplat on Stable Diffusion 3.5, a rectified flow: `predict` returns v = noise - x0.
+
+    The stock network gets the views of an object as one tall picture: its joint attention then sees all of
+    them and the text, once, as DiffSplat's own does. published.positions_by_view does the rest.
+    """
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v in x (B, V, C, h, w) at timesteps t (B,), which are 1000 sigma: like x."""
+        dtype = next(self.net.parameters()).dtype
+        rows = torch.cat([x, self.plucker.expand(len(x), -1, -1, -1, -1)], 2)
+        tall = rows.transpose(1, 2).flatten(2, 3).to(dtype)     # (B, C + 6, V h, w)
+        text = cond.map(lambda field: field.to(self.device, dtype))
+        out = self.net(tall, text.embeds, text.pooled, t.to(self.device), return_dict=False)[0]
+        return out.unflatten(2, (self.views, -1)).transpose(1, 2).float()
 
 
 def load_base(config: Config, device: torch.device | str) -> Base:
@@ -1270,8 +1261,9 @@ def ddpo_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
 
 
 def advantages(scores: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
-    """DDPO's: each reward minus the mean, over the spread, of its prompt's last 32 rewards, or of this epoch's
-    while the prompt has fewer than 8. Returns (B,). `history`, the rewards by prompt, is brought up to date.
+    """DDPO's: each reward minus the mean, over the spread, of its prompt's last 32 rewards, or of this
+    epoch's rewards while the prompt has fewer than 8. Returns (B,). `history`, the rewards by prompt, is
+    brought up to date.
     """
     for prompt, score in zip(prompts, scores):
         history[prompt] = [*history.get(prompt, []), score][-32:]
@@ -1284,7 +1276,7 @@ def advantages(scores: list[float], prompts: list[str], history: dict[str, list[
 DRAFT_LV_NOISES = 2     # copies of a sample that DRaFT-LV noises anew (arXiv 2309.17400)
 
 
-def pick_steps(config: Config, schedule: NoiseSchedule, generator: torch.Generator) -> list[int]:
+def pick_steps(config: Config, generator: torch.Generator) -> list[int]:
     """The steps of one trajectory that the configured method trains."""
     if config.method == "refl":                                             # one of the last quarter
         quarter = math.ceil(config.steps / 4)
@@ -1293,8 +1285,7 @@ def pick_steps(config: Config, schedule: NoiseSchedule, generator: torch.Generat
         if config.draft_steps == 0:
             return [config.steps - 1] * DRAFT_LV_NOISES
         return [config.steps - config.draft_steps]
-    noisy = schedule.step(torch.arange(config.steps))[2] > 0        # all, but for the last step of a flow
-    return pick_transitions(int(noisy.sum()), config.fraction, config.last_step, generator)
+    return pick_transitions(config.steps, config.fraction, config.last_step, generator)
 
 
 METHODS = {"nabla": nabla_step, "refl": refl_step, "draft": draft_step, "ddpo": ddpo_step}
@@ -1380,7 +1371,7 @@ def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, 
 
     # Every process knows all pairs of object n and step i; `copy` tells a step that is trained twice apart.
     pairs = torch.tensor([(n, i, copy) for n in range(job.world * B) for copy, i in enumerate(
-        pick_steps(config, job.schedule, seeded(config.seed, epoch, n, "steps")))])
+        pick_steps(config, seeded(config.seed, epoch, n, "steps")))])
     pairs = pairs[torch.randperm(len(pairs), generator=seeded(config.seed, epoch, "pairs"))]
     for number, share in enumerate(pairs.tensor_split(min(config.updates_per_epoch, len(pairs)))):
         totals, mine = {}, share[share[:, 0] // B == job.rank]
@@ -1412,14 +1403,15 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
     """Load base and reward, encode the prompts, and find out now whether the reward can be trained."""
     base = base or load_base(config, config.device)
     schedule = base.schedule(config.sampler, config.steps)
-    if schedule.ode and config.method in ("nabla", "ddpo"):
-        raise UserError(f"{config.method} trains steps that draw noise, and --sampler {config.sampler} draws "
-                        "none; train with dpm, then sample with --run and euler")
+    trained = torch.arange(config.steps - (config.last_step == "never"))
+    if config.method in ("nabla", "ddpo") and not schedule.step(trained)[2].all():
+        raise UserError("a step that draws no noise cannot be trained: a rectified flow's last one (give "
+                        "--last-step never) and all of --sampler euler (train with dpm, sample with euler)")
 
     def trains(steps: int) -> bool:
         """Whether any step is trained; nabla's last one alone may be a step without the reward."""
         changed = dataclasses.replace(config, steps=steps)
-        picked = pick_steps(changed, base.schedule(config.sampler, steps), seeded(0))
+        picked = pick_steps(changed, seeded(0))
         return picked != ([steps - 1] if config.method == "nabla" and config.skip_below else [])
 
     if not trains(config.steps):
@@ -1473,7 +1465,7 @@ def train(config: Config, base: Base | None = None) -> dict:
     features = metrics.load_features(base.tower, config.device)
     if not quiet:
         about = report.describe(dataclasses.asdict(config), reward.title) | {"identity": identity}
-        steps = len(pick_steps(config, job.schedule, seeded(0)))
+        steps = len(pick_steps(config, seeded(0)))
         print(report.plan(about, world, steps, len(prompts), len(test_prompts), state and state["epoch"]))
         write_atomic(out / "config.json", to_json(about))
         if not state:

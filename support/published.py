@@ -57,6 +57,18 @@ PUBLISHED = {
     # its network and files are gaussiancube.py's; the text features that it was trained with were float32
     "gaussiancube": {"text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "3 GB",
                      "text_precision": "float32"},
+    # a rectified flow; both configs are those of stabilityai's model, but for the channels and the size of a picture
+    "diffsplat-sd35": {
+        "net": "gsdiff_gobj83k_sd35m__render", "part": "transformer_ema", "vae": "gsvae_gobj265k_sd3",
+        "text": "stabilityai/stable-diffusion-3.5-medium", "length": 77 + 256, "text_dim": 4096, "pooled_dim": 2048,
+        "download": "22 GB", "betas": {"flow_shift": 3.0}, "prediction_type": "flow_prediction", "guidance": 5.0,
+        "lora_targets": [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_out"],   # also the text's
+        "vae_config": VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+                             "use_post_quant_conv": False},
+        "net_config": {"_class_name": "SD3Transformer2DModel", "sample_size": 32, "patch_size": 2, "in_channels": 22,
+                       "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+                       "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+                       "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}},
 }
 
 
@@ -92,6 +104,8 @@ def load(base: str, weights: str | None, device: torch.device | str, precision: 
     else:
         net, vae = load_networks(base, Path(weights) if weights else download(base))
         encode = (SD3TextEncoder if base == "diffsplat-sd35" else TextEncoder)(base, Path(weights) if weights else None, device)
+    if base == "diffsplat-sd35":
+        positions_by_view(net, 4)
     half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     nn.Module.to(net, half if precision == "bf16" else torch.float32)     # diffusers' own .to warns of nothing
     nn.Module.to(vae, half)
@@ -189,6 +203,21 @@ def count(base: str, add_lora: Callable[[nn.Module, list[str]], nn.Module]) -> d
         lora = add_lora(net, PUBLISHED[base]["lora_targets"])
     trained = sum(weight.numel() for name, weight in lora.named_parameters() if "lora_" in name)
     return {"device": "CPU: counted only, nothing was run; this base needs a GPU", "parameters": parts | {"LoRA, trained": trained}}
+
+
+def positions_by_view(net: nn.Module, views: int) -> nn.Module:
+    """A stock SD3 network whose rows are tall pictures, the views of an object one above the other: (B, C, V h, w).
+
+    All but the positions treats such a picture as it should: they must be those of a view, anew in each.
+    """
+    stock = net.pos_embed.forward           # patches and positions of one picture: (B, C, h, w) -> (B, n, D)
+
+    def forward(tall: Tensor) -> Tensor:
+        rows = tall.unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1)     # ((b v), C, h, w)
+        return stock(rows).unflatten(0, (len(tall), views)).flatten(1, 2)
+
+    net.pos_embed.forward = forward         # a module around it would rename its weights
+    return net
 
 
 def read_network(config: dict, weights: dict[str, Tensor], where: Path) -> nn.Module:

@@ -236,11 +236,14 @@ def vae():
 
 
 def splat(net, autoencoder, views=4):
+    published.positions_by_view(net, views)
     about = {"image_size": 2 * net.config.sample_size, "prediction_type": "flow_prediction", "guidance": 5.0,
              "betas": {"flow_shift": 3.0}, "eval_size": 16, "lora_targets": published.PUBLISHED[NAME]["lora_targets"],
              "latent_mean": torch.tensor(0.0609), "latent_std": torch.tensor(1 / 1.5305), "scale_range": (0.0005, 0.02),
              "depth_scale": 1.0, "half_image_shift": True, "device": "cpu"}
-    return r2d3.DiffSplatSD3(net, autoencoder, None, **about)
+    base = r2d3.DiffSplatSD3(net, autoencoder, None, **about)
+    base.views = views
+    return base
 
 
 @pytest.mark.parametrize("name", ["sd3_mv", "sd3_mv_plain"])
@@ -264,7 +267,8 @@ def test_the_network_is_the_recorded_one(name):
     base.plucker = rays[:, order]
     moved = base.predict(x[:, order], d["timestep"], Cond(d["text"], None, d["pooled"]))
     assert close(moved, out[:, order], 5e-6)
-    base.views, base.plucker = 1, rays.flatten(0, 1)[:, None]   # one view is the stock network
+    base = splat(network(name)[0], vae()[0], views=1)           # one view is the stock network
+    base.plucker = rays.flatten(0, 1)[:, None]
     alone = base.predict(x.flatten(0, 1)[:, None], d["timestep"].repeat_interleave(4),
                          Cond(d["text"].repeat_interleave(4, 0), None, d["pooled"].repeat_interleave(4, 0)))
     assert close(alone[:, 0], d["out_num_views_1"], 5e-6)
@@ -486,15 +490,14 @@ def test_match_weights_of_a_flow():
 
 
 def test_which_steps_are_trained():
-    """Never the one without noise, whatever --last-step says; the baselines that need no density may."""
-    schedule = NoiseSchedule.from_diffusers("dpm", 28, flow_shift=3.0)
-    for last_step, want in (("always", True), ("never", False)):
-        config = r2d3.resolve(r2d3.Config(base=NAME, last_step=last_step, device="cpu", fraction=0.9))
-        picked = [r2d3.pick_steps(config, schedule, seeded(n)) for n in range(20)]
-        assert all(27 not in steps and (26 in steps) == want and len(set(steps)) == 24 for steps in picked)
+    """Never the one without noise; the baselines that need no density may."""
+    for method in ("nabla", "ddpo"):
+        config = r2d3.resolve(r2d3.Config(base=NAME, method=method, recipe="paper", device="cpu", fraction=0.9))
+        picked = [step for n in range(40) for step in r2d3.pick_steps(config, seeded(n))]
+        assert set(picked) == set(range(27)) and len(picked) == 25 * 40
     for method, want in (("draft", {27}), ("refl", set(range(21, 28)))):
         config = r2d3.resolve(r2d3.Config(base=NAME, method=method, device="cpu"))
-        assert {step for n in range(99) for step in r2d3.pick_steps(config, schedule, seeded(n))} == want
+        assert {step for n in range(99) for step in r2d3.pick_steps(config, seeded(n))} == want
 
 
 def test_settings_by_default():
@@ -584,9 +587,10 @@ def test_the_whole_job(small_clip, tmp_path, capsys):
                    "--out", tmp_path / sampler) == 0
     one, other = (tmp_path / sampler / "a-red-lamp-seed0-0.ply" for sampler in ("dpm", "euler"))
     assert one.read_bytes() != other.read_bytes()
-    assert run(*common[:-2], "--device", "cpu", "--sampler", "euler", "--out", tmp_path / "no") == 2
-    error = capsys.readouterr().err
-    assert "draws none; train with dpm, then sample" in " ".join(error.split()) and not (tmp_path / "no").exists()
+    for wrong in (["--sampler", "euler"], ["--last-step", "always"], ["--method", "ddpo", "--last-step", "stratified"]):
+        assert run(*common, *wrong, "--out", tmp_path / "no") == 2
+        assert "a step that draws no noise cannot be trained" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_damaged_folders(tmp_path, capsys):
