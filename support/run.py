@@ -197,6 +197,18 @@ def check_finite(title: str, score: torch.Tensor, gradient: torch.Tensor) -> Non
                             "smaller --lr or --beta")
 
 
+def find_lora(path: str) -> Path:
+    """The LoRA of a run's folder, or the LoRA file or folder itself."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"--run {path}: there is no such file or folder")
+    if (place / "config.json").is_file():
+        if not (place / "lora/adapter_model.safetensors").is_file():
+            raise UserError(f"--run {path}: there is no finished epoch of a run in that folder")
+        return place / "lora"
+    return place
+
+
 # What a LoRA's adapter_config.json may say: these settings are honoured, those that change nothing once it is trained are
 # left aside, and any other that is not as peft has it by default is refused.
 HONOURED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
