@@ -83,10 +83,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, check_writable, cli, fetching, gaussiancube, metrics, published, report, run,
-                     say, scorers, shapes, to_bytes, to_json, write_atomic)
+from support import (UserError, check_writable, cli, gaussiancube, metrics, published, report, run, say,
+                     scorers, shapes, to_bytes, to_json, write_atomic)
 from support.metrics import Features, Measurement
-from support.run import load_lora, load_prompts, phase
+from support.published import join_views
+from support.run import frozen, load_lora, load_prompts, phase
 
 # Letters in shapes: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T steps of
 # the sampler, P prompts, S objects per prompt, C h w one view of the latent, H W pixels, L tokens, D
@@ -264,30 +265,8 @@ def resolve(config: Config, command: str = "train") -> Config:
                                             if getattr(config, name) is None})
     files = {name: run.absolute(getattr(config, name)) for name in ("prompts", "test_prompts", "weights")}
     config = dataclasses.replace(config, reward=run.absolute_reward(config.reward), **files)
-    check(config)
+    cli.check(config)
     return config
-
-
-def check(config: Config) -> None:
-    """Raise UserError if a setting is out of range, or if the settings leave nothing to train."""
-    try:
-        torch.empty(0, device=config.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0][:80]
-        raise UserError(f"--device {config.device} cannot be used here ({why})") from None
-    on_cpu = torch.device(config.device).type == "cpu"
-    if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
-        raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
-    cli.check_ranges(dataclasses.asdict(config),
-                     may_be_zero={"reg_weight", "elevation_jitter", "azimuth_jitter", "seed", "skip_below",
-                                  "min_quantile", "draft_steps"},
-                     at_most={"steps": 500, "lora_rank": 1024, "seed": 2**62, "skip_below": 1, "fraction": 1,
-                              "min_quantile": 0.9, "elevation_jitter": 80, "azimuth_jitter": 180,
-                              "draft_steps": config.steps})
-    if config.view_size < 8:
-        raise UserError("--view-size must be at least 8 pixels")
-    if config.protocol and config.samples_per_prompt < 2:
-        raise UserError("--protocol paper compares distributions; use --samples-per-prompt 2 or more")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -581,9 +560,8 @@ class Base(Protocol):
     elevation: float = ELEVATION        # degrees, around which the reward's cameras are drawn
     radius: float = RADIUS              # their distance from the origin, about which objects are centred
     eval_size: int = 128                # side in pixels of the pictures of an evaluation
-    tower: nn.Module | None = None      # image-text network (like CLIP) and normal estimator of the base's
-    #   own,
-    normals: nn.Module | None = None    # where the published ones would not fit its pictures
+    tower: nn.Module | None = None      # its own image-text network (like CLIP) and normal estimator, where
+    normals: nn.Module | None = None    # the published ones would not fit its pictures
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Cond:
@@ -608,28 +586,6 @@ class Base(Protocol):
         """The views of an evaluation, all around the object: c2w (B, 4, 4, 4), fxfycxcy (B, 4, 4)."""
         c2w = orbit(self.elevation, torch.arange(0.0, 360.0, 90.0), self.radius)
         return c2w.expand(num_objects, 4, 4, 4), intrinsics(num_objects, 4)
-
-
-class MultiViewAttnProcessor:
-    """Self-attention over all views of an object: (b v) n d -> b (v n) d. The rest stays per view."""
-
-    def __init__(self, views: int):
-        self.views = views
-
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: None = None,
-                 attention_mask: None = None, **unused) -> Tensor:
-        rows, tokens, width = hidden_states.shape
-        joined = hidden_states.reshape(rows // self.views, self.views * tokens, width)
-        q, k, v = (layer(joined).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                   for layer in (attn.to_q, attn.to_k, attn.to_v))                  # (b, heads, v n, d)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out)).reshape(rows, tokens, -1)
-
-
-def join_views(net: nn.Module, views: int) -> None:
-    """Make every self-attention (`attn1`) of a stock diffusers network multi-view, as DiffSplat does."""
-    net.set_attn_processor({name: MultiViewAttnProcessor(views) if ".attn1." in name else processor
-                            for name, processor in net.attn_processors.items()})
 
 
 class DiffSplat(Base):
@@ -919,29 +875,17 @@ def load_reward_term(name: str, base: Base, device: torch.device | str, checkpoi
     """
     if ".py:" in name:
         return run.load_function(name), name
-    how = {"device": device, "checkpoint": checkpoint, "untrained": untrained}
-    known = {   # name: title, loader, size of its download
-        "colorfulness": ("colourfulness", lambda: colorfulness, None),
-        "dnc": ("depth-normal consistency", lambda: depth_normal_consistency, None),
-        "laion": ("LAION V2, CLIP ViT-L/14", lambda: scorers.LaionAesthetic.pretrained(**how), "1.7 GB"),
-        "hps-v2.1": ("HPS v2.1, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.1", **how), "4 GB"),
-        "hps-v2.0": ("HPS v2.0, CLIP ViT-H/14", lambda: scorers.HPSv2.pretrained("v2.0", **how), "4 GB"),
-        "marigold": ("Marigold v1-1, one step",
-                     lambda: normal_agreement(scorers.MarigoldNormals.pretrained(**how)), "2.6 GB"),
-    }
-    if base.tower is None:
-        known |= {"aesthetic": known["laion"], "hpsv2": known["hps-v2.1"], "normal": known["marigold"]}
-    else:
-        known |= {"aesthetic": ("embedded scorer: colourfulness", lambda: colorfulness, None),
-                  "hpsv2": ("embedded scorer: image-text tower", lambda: tower_agreement(base.tower), None),
-                  "normal": ("embedded scorer: normal estimator",
-                             lambda: normal_agreement(base.normals), None)}
-    if name not in known:
-        raise UserError(f"there is no reward {name!r}; there are {', '.join(sorted(known))}, and "
-                        "file.py:function")
-    title, load, size = known[name]
-    with fetching(f"the scorer {title}", size):
-        return load(), f"{name} ({title}{', random weights' if size and untrained else ''})"
+    named = {"colorfulness": (colorfulness, "colourfulness"),
+             "dnc": (depth_normal_consistency, "depth-normal consistency")}
+    if base.tower is not None:
+        named |= {"aesthetic": (colorfulness, "embedded scorer: colourfulness"),
+                  "hpsv2": (tower_agreement(base.tower), "embedded scorer: image-text tower"),
+                  "normal": (normal_agreement(base.normals), "embedded scorer: normal estimator")}
+    if name in named:
+        return named[name][0], f"{name} ({named[name][1]})"
+    scorer, title = scorers.load(name, device, checkpoint, untrained)
+    reward = normal_agreement(scorer) if isinstance(scorer, scorers.MarigoldNormals) else scorer
+    return reward, f"{name} ({title})"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1040,9 +984,10 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 #     eps_*       eps_theta, the network with its LoRA        g             reward gradient at x_s (E7 or E8)
 #     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
 #     eps_old     what the rollout predicted at x_t           weight        beta w(s)
-# Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6). Needs:
-# section 5 and kernels.gradient_matching, as far as nabla_loss: the closures `predict` and `value` hide base
-# and reward. From make_judge on, sections 2 to 8 and support.run.phase, which times what is inside it.
+# Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6).
+# Needs: up to nabla_loss section 5 and kernels.gradient_matching, for the closures `predict` and `value` hide
+# base and reward. From make_judge on sections 2 to 8, and from support.run `frozen` (no gradients of weights)
+# and `phase` (times what is inside it).
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -1149,20 +1094,6 @@ class Job(NamedTuple):
     config: Config
     rank: int = 0       # of how many processes this is which
     world: int = 1
-
-
-@contextlib.contextmanager
-def frozen(net: nn.Module) -> Iterator[None]:
-    """Inside, weights need no gradients: for them every LoRA layer would keep its input, most of the memory,
-    though only the gradient with respect to x_s is wanted.
-    """
-    trained = [weight for weight in net.parameters() if weight.requires_grad]
-    try:
-        net.requires_grad_(False)
-        yield
-    finally:
-        for weight in trained:
-            weight.requires_grad_()
 
 
 def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
@@ -1408,16 +1339,10 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
         raise UserError("a step that draws no noise cannot be trained: a rectified flow's last one (give "
                         "--last-step never) and all of --sampler euler (train with dpm, sample with euler)")
 
-    def trains(steps: int) -> bool:
-        """Whether any step is trained; nabla's last one alone may be a step without the reward."""
-        changed = dataclasses.replace(config, steps=steps)
-        picked = pick_steps(changed, seeded(0))
-        return picked != ([steps - 1] if config.method == "nabla" and config.skip_below else [])
-
-    if not trains(config.steps):
-        enough = next(filter(trains, range(config.steps, 500)), 500)
+    picked = pick_steps(config, seeded(0))
+    if not picked or config.method == "nabla" and config.skip_below and picked == [config.steps - 1]:
         raise UserError(f"with --steps {config.steps} no step of the sampler is trained on the reward; use "
-                        f"--steps {enough} or more, or with several steps a larger --fraction")
+                        f"--steps {math.ceil(2 / config.fraction)} or more, or a larger --fraction")
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
     run.prepare(base, reward, prompts, config.prompts, config.test_prompts)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)

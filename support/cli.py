@@ -98,16 +98,34 @@ def check_types(config_class: type, settings: dict) -> tuple[list[str], str | No
     return sorted(settings.keys() - hints.keys()), None
 
 
-def check_ranges(settings: dict, may_be_zero: set[str], at_most: dict[str, float]) -> None:
-    """Raise UserError for a number that is not above zero (or negative, where zero is allowed), or too large."""
-    for name, value in settings.items():
+MAY_BE_ZERO = {"reg_weight", "elevation_jitter", "azimuth_jitter", "seed", "skip_below", "min_quantile", "draft_steps"}
+AT_MOST = {"steps": 500, "lora_rank": 1024, "seed": 2**62, "skip_below": 1, "fraction": 1, "min_quantile": 0.9,
+           "elevation_jitter": 80, "azimuth_jitter": 180}
+
+
+def check(config) -> None:
+    """Raise UserError if a setting of r2d3.Config is out of range, or cannot be used on this machine."""
+    for name, value in vars(config).items():
         if type(value) not in (int, float):
             continue
-        if not (value >= 0 if name in may_be_zero else value > 0):
-            wanted = "must not be negative" if name in may_be_zero else "must be above zero"
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it {wanted}")
-        if not value <= at_most.get(name, 1e30):
-            raise UserError(f"--{name.replace('_', '-')} is {value}; at most {at_most.get(name, 1e30)} works")
+        option, most = f"--{name.replace('_', '-')}", AT_MOST.get(name, 1e30)
+        if not (value >= 0 if name in MAY_BE_ZERO else value > 0):
+            raise UserError(f"{option} is {value}; it must {'not be negative' if name in MAY_BE_ZERO else 'be above zero'}")
+        if not value <= most:
+            raise UserError(f"{option} is {value}; at most {most} works")
+    if config.draft_steps > config.steps:
+        raise UserError(f"--draft-steps is {config.draft_steps}; the sampler has {config.steps} --steps")
+    if config.view_size < 8:
+        raise UserError("--view-size must be at least 8 pixels")
+    if config.protocol and config.samples_per_prompt < 2:
+        raise UserError("--protocol paper compares distributions; use --samples-per-prompt 2 or more")
+    try:
+        torch.empty(0, device=config.device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device} cannot be used here ({str(error).splitlines()[0][:80]})") from None
+    on_cpu = torch.device(config.device).type == "cpu"
+    if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
+        raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
 
 
 class Stream:

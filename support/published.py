@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from support import UserError, cache_folder, fetching, load_weights, write_atomic
@@ -203,6 +204,28 @@ def count(base: str, add_lora: Callable[[nn.Module, list[str]], nn.Module]) -> d
         lora = add_lora(net, PUBLISHED[base]["lora_targets"])
     trained = sum(weight.numel() for name, weight in lora.named_parameters() if "lora_" in name)
     return {"device": "CPU: counted only, nothing was run; this base needs a GPU", "parameters": parts | {"LoRA, trained": trained}}
+
+
+class MultiViewAttnProcessor:
+    """Self-attention over all views of an object: (b v) n d -> b (v n) d. The rest stays per view, and stock."""
+
+    def __init__(self, views: int):
+        self.views = views
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: None = None,
+                 attention_mask: None = None, **unused) -> Tensor:
+        rows, tokens, width = hidden_states.shape
+        joined = hidden_states.reshape(rows // self.views, self.views * tokens, width)
+        q, k, v = (layer(joined).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                   for layer in (attn.to_q, attn.to_k, attn.to_v))                  # (b, heads, v n, d)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out)).reshape(rows, tokens, -1)
+
+
+def join_views(net: nn.Module, views: int) -> None:
+    """Make every self-attention (`attn1`) of a stock diffusers network multi-view, as DiffSplat does."""
+    net.set_attn_processor({name: MultiViewAttnProcessor(views) if ".attn1." in name else processor
+                            for name, processor in net.attn_processors.items()})
 
 
 def positions_by_view(net: nn.Module, views: int) -> nn.Module:

@@ -624,6 +624,20 @@ SECONDS: dict[str, float] | None = None     # by phase; the command `cost` makes
 
 
 @contextlib.contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Inside, weights need no gradients: for them every LoRA layer would keep its input, most of the memory,
+    though only the gradient with respect to x_s is wanted.
+    """
+    trained = [weight for weight in net.parameters() if weight.requires_grad]
+    try:
+        net.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_()
+
+
+@contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Adds the time that its body takes to SECONDS."""
     def now() -> float:

@@ -1,6 +1,6 @@
 """The published networks that judge pictures: LAION's aesthetic predictor, HPSv2, Marigold's normals.
 
-r2d3.py loads them in `load_reward`. Each class stands alone: torch, and the library it names.
+r2d3.py loads them in `load_reward`, through `load` below. Each class stands alone: torch, and the library it names.
 `render` is a kernels.Render: image (B, V, 3, H, W) and more; scores are (B, V).
 """
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from support import UserError, fetching
 
 
 def load_clip(name: str, weights: str | None, device: torch.device | str, checkpoint: bool) -> nn.Module:
@@ -184,3 +186,23 @@ class MarigoldNormals(nn.Module):
         normals = F.normalize(self.vae.decode(z / scale).sample.to(images.dtype).clamp(-1, 1), dim=1)
         normals = F.normalize(F.interpolate(normals, images.shape[-2:], mode="bilinear"), dim=1)
         return normals * normals.new_tensor([1, -1, -1]).view(3, 1, 1)  # theirs: y up, z towards the viewer
+
+
+PUBLISHED = {   # scorer, title, size of its download, arguments of `pretrained`
+    "laion": (LaionAesthetic, "LAION V2, CLIP ViT-L/14", "1.7 GB", {}),
+    "hps-v2.1": (HPSv2, "HPS v2.1, CLIP ViT-H/14", "4 GB", {"version": "v2.1"}),
+    "hps-v2.0": (HPSv2, "HPS v2.0, CLIP ViT-H/14", "4 GB", {"version": "v2.0"}),
+    "marigold": (MarigoldNormals, "Marigold v1-1, one step", "2.6 GB", {}),
+}
+PUBLISHED |= {"aesthetic": PUBLISHED["laion"], "hpsv2": PUBLISHED["hps-v2.1"], "normal": PUBLISHED["marigold"]}
+
+
+def load(name: str, device: torch.device | str, checkpoint: bool, untrained: bool) -> tuple[nn.Module, str]:
+    """A published scorer by its own or its reward's name, and a title. UserError: unknown, or it cannot be fetched."""
+    if name not in PUBLISHED:
+        known = ", ".join(sorted({*PUBLISHED, "colorfulness", "dnc"}))
+        raise UserError(f"there is no reward {name!r}; there are {known}, and file.py:function")
+    scorer, title, size, arguments = PUBLISHED[name]
+    with fetching(f"the scorer {title}", size):
+        loaded = scorer.pretrained(device=device, checkpoint=checkpoint, untrained=untrained, **arguments)
+    return loaded, title + ", random weights" * untrained
