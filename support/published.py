@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import UserError, cache_folder, fetching, load_weights, write_atomic
+from support import UserError, cache_folder, clear_parts, fetching, load_weights, say, write_atomic
 
 REPO = "chenguolin/DiffSplat"
 VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,
@@ -268,6 +268,7 @@ class TextEncoder:
     """
 
     folders = "text_encoder", "tokenizer"
+    dims = {"embeds": 2}                                        # what is kept of a prompt, and of how many dimensions
 
     def __init__(self, base: str, root: Path | None, device: torch.device | str):
         about = PUBLISHED[base]
@@ -280,7 +281,7 @@ class TextEncoder:
                                   for path in sorted((root.resolve() / part).glob("*"))]
         half = torch.device(device).type == "cuda" and "text_precision" not in about
         self.dtype = torch.bfloat16 if half else torch.float32
-        self.cache = cache_folder("text")
+        self.cache, self.unwritten = cache_folder("text"), {}   # unwritten: prompt -> what could not be put there
 
     def path(self, prompt: str) -> Path:
         key = hashlib.sha256(repr((self.source, str(self.dtype), self.length, prompt)).encode()).hexdigest()
@@ -302,13 +303,28 @@ class TextEncoder:
                 self.encode(new)
 
     def read(self, prompt: str) -> dict[str, Tensor] | None:
-        """embeds (L, D) of the valid tokens, of SD3's CLIP pooled (P,) too; None if there is no such file, or part of it."""
+        """embeds (L, D) of the valid tokens, of SD3's CLIP pooled (P,) too; None if there is no such file, or it is damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+        if prompt in self.unwritten:
+            return self.unwritten[prompt]
         try:
-            return load_file(self.path(prompt))
+            found = load_file(self.path(prompt))
         except (OSError, SafetensorError):
             return None
+        dims = {name: value.dim() for name, value in found.items() if value.is_floating_point() and value.isfinite().all()}
+        return found if dims == self.dims else None
+
+    def too_long(self, prompts: list[str]) -> int:
+        """How many of the prompts have more tokens than are read."""
+        long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode("utf-8")) > self.length - 2]
+        try:
+            tokenizer, count = self.tokenizer(self.length + 1) if long else None, 0
+        except Exception:                                       # all is encoded, and the tokenizer is not here any more
+            return 0
+        for n in range(0, len(long), 1000):
+            count += int((tokenizer(long[n:n + 1000])[1].sum(1) > self.length).sum())
+        return count
 
     def place(self, part: str) -> dict:
         """Where from_pretrained finds one of `folders`: in our own folder if there, else on the hub."""
@@ -316,21 +332,21 @@ class TextEncoder:
             return {"pretrained_model_name_or_path": str(self.root / part)}
         return {"pretrained_model_name_or_path": self.repo} | ({} if self.repo.startswith("openai/") else {"subfolder": part})
 
-    def tokenizer(self) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
-        """Prompts -> token numbers (B, L), mask (B, L).
+    def tokenizer(self, length: int | None = None) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
+        """Prompts -> token numbers (B, L), mask (B, L); L is at most the `length`, or what the encoder reads.
 
         T5's is published as a sentencepiece model only. It is used as it is: transformers converts it with a newer
         protobuf than the package hpsv2 allows.
         """
         from huggingface_hub import hf_hub_download
         from transformers import AutoTokenizer
-        place = self.place(self.folders[1])
+        place, length = self.place(self.folders[1]), length or self.length
         own = Path(place["pretrained_model_name_or_path"])
         if self.whole or (own / "tokenizer.json").is_file():
             stock = AutoTokenizer.from_pretrained(**place)
 
             def tokens(prompts: list[str]) -> tuple[Tensor, Tensor]:
-                found = stock(prompts, padding="max_length" if self.whole else "longest", max_length=self.length,
+                found = stock(prompts, padding="max_length" if self.whole else "longest", max_length=length,
                               truncation=True, return_tensors="pt")
                 return found.input_ids, found.attention_mask
             return tokens
@@ -339,16 +355,17 @@ class TextEncoder:
         pieces = SentencePieceProcessor(model_file=str(file))
 
         def tokens(prompts: list[str]) -> tuple[Tensor, Tensor]:
-            rows = [torch.tensor(ids[:self.length - 1] + [pieces.eos_id()]) for ids in pieces.encode(prompts)]
+            rows = [torch.tensor(ids[:length - 1] + [pieces.eos_id()]) for ids in pieces.encode(prompts)]
             pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
             return pad(rows, padding_value=pieces.pad_id()), pad([torch.ones_like(row) for row in rows])
         return tokens
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> None:
-        """Fill the cache on disk."""
+        """Fill the cache on disk; what cannot be written there is kept in memory."""
         from safetensors.torch import save
         from tqdm import tqdm
+        clear_parts(self.cache)
         tokenizer, place = self.tokenizer(), self.place(self.folders[0])
         model, found = self.model_class().from_pretrained(**place, dtype=self.dtype, output_loading_info=True)
         if found["missing_keys"]:                               # else they would be random
@@ -363,7 +380,13 @@ class TextEncoder:
                 own = {name: value[row].cpu() for name, value in encoded.items()}
                 if not self.whole:
                     own["embeds"] = own["embeds"][:mask[row].sum()]
-                write_atomic(self.path(prompt), save({name: value.contiguous() for name, value in own.items()}))
+                own = {name: value.contiguous() for name, value in own.items()}
+                try:
+                    write_atomic(self.path(prompt), save(own))
+                except UserError as error:
+                    if not self.unwritten:
+                        say(f"encoded prompts are not kept for other runs: {error}")
+                    self.unwritten[prompt] = own
         del model
         gc.collect()
         if torch.cuda.is_available():
@@ -386,6 +409,7 @@ class SD3TextPart(TextEncoder):
         self.folders = f"text_encoder{suffix}", f"tokenizer{suffix}"
         super().__init__(base, root, device)
         self.clip, self.whole, self.length = number < 3, True, 77 if number < 3 else 256
+        self.dims = {"embeds": 2} | ({"pooled": 1} if self.clip else {})
         self.source = self.folders, *self.source
 
     def model_class(self) -> type[nn.Module]:
@@ -412,6 +436,10 @@ class SD3TextEncoder:
     def prepare(self, prompts: list[str]) -> None:
         for part in self.parts:
             part.prepare(prompts)
+
+    def too_long(self, prompts: list[str]) -> int:
+        """How many of the prompts have more tokens than T5 reads, which are more than CLIP's."""
+        return self.parts[2].too_long(prompts)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, None, Tensor]:
         self.prepare(prompts)

@@ -64,10 +64,8 @@ def load_prompts(spec: str) -> list[str]:
 def prepare(base, reward: Callable | None, prompts: list[str], *specs: str) -> None:
     """base.prepare for all prompts of a run and the empty one; a prompt that cannot be used is named with file and line.
 
-    `specs` are what load_prompts read them from. One line says how many prompts are too long for the reward.
+    `specs` are what load_prompts read them from. One line each says how many prompts are too long for base and reward.
     """
-    for title, function in getattr(reward, "functions", {}).items():
-        say_too_long(title, getattr(function, "too_long", lambda prompts: 0)(prompts), len(prompts))
     try:
         base.prepare([*prompts, ""])
     except PromptError as error:
@@ -76,6 +74,10 @@ def prepare(base, reward: Callable | None, prompts: list[str], *specs: str) -> N
                 if line.strip() == error.prompt:
                     raise UserError(f"{spec}, line {number}: {error}") from None
         raise
+    readers = getattr(reward, "functions", {}) | {"the base's text encoder": getattr(base, "text", None)}
+    for title, reader in readers.items():
+        if hasattr(reader, "too_long"):
+            say_too_long(title, reader.too_long(prompts), len(prompts))
 
 
 def reward_terms(spec: str) -> list[tuple[str, str]]:
@@ -550,6 +552,7 @@ def scores_by_prompt(key: str, prompts: list[str], batch: int, score: Callable[[
     """
     from tqdm import tqdm
     path, scores, kept = cache_folder("scores") / f"{key}.json", {}, True
+    clear_parts(path.parent)
     for share in gather(load_scores(path), world):
         scores |= share
     new = [prompt for prompt in prompts if prompt not in scores]

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import r2d3
-from support import UserError, brief, clear_parts, cli, metrics, report, run, scorers, shapes, to_json, write_atomic
+from support import UserError, brief, clear_parts, cli, metrics, published, report, run, scorers, shapes, to_json, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = r2d3.Config(epochs=1, batch_size=2, steps=4, fraction=1.0, views=2, view_size=16, samples_per_prompt=1,
@@ -413,7 +413,7 @@ def test_prompts_that_are_too_long_are_counted(capsys, base):
     long = ["a " + "very " * 100 + "red cube", "a red cube", "x" * 74, "red " * 76, "red " * 75]
     assert scorers.too_long(long) == scorers.HPSv2.too_long(long) == 2
     reward = SimpleNamespace(functions={"hpsv2 (HPS)": SimpleNamespace(too_long=scorers.too_long), "dnc": len})
-    run.prepare(SimpleNamespace(prepare=lambda prompts: None), reward, long)
+    run.prepare(SimpleNamespace(prepare=lambda prompts: None, text=SimpleNamespace(too_long=lambda prompts: 0)), reward, long)
     features = metrics.Features("t", len, lambda prompts: torch.zeros(len(prompts), 2), len, len, scorers.too_long)
     for _ in range(3):
         metrics.text_features(features, long)
@@ -540,6 +540,46 @@ def test_a_kept_measurement_of_another_size_is_made_anew(tmp_path):
     assert torch.equal(metrics.load_measurement(tmp_path / "before.pt", 14, 2).reward, kept.reward)
     assert metrics.load_measurement(tmp_path / "before.pt", 14, 3) is None
     assert metrics.load_measurement(tmp_path / "nowhere.pt", 14, 2) is None
+
+
+class Encoder(torch.nn.Module):
+    """Stands for T5: a vector of three numbers per token."""
+
+    def forward(self, ids, attention_mask):
+        return [ids[..., None].float() + torch.arange(3.0)]
+
+
+@pytest.fixture
+def text_encoder(monkeypatch, tmp_path):
+    import transformers
+    monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", lambda **place: (Encoder(), {"missing_keys": []}))
+
+    def tokenizer(self, length=None):
+        def tokens(prompts):
+            rows = [torch.ones(min(len(prompt.split()) + 1, length or self.length), dtype=torch.long) for prompt in prompts]
+            return (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),) * 2
+        return tokens
+
+    monkeypatch.setattr(published.TextEncoder, "tokenizer", tokenizer)
+    return published.TextEncoder("diffsplat-pixart", None, "cpu")
+
+
+@pytest.mark.parametrize("content", [{"other": torch.ones(2, 3)}, {"embeds": torch.ones(2, 3, dtype=torch.long)}, {"embeds": torch.ones(3)},
+                                     {"embeds": torch.full((2, 3), float("nan"))}, b"junk", b""], ids=range(6))
+def test_the_cache_of_encoded_prompts_may_hold_anything(text_encoder, content):
+    wanted = text_encoder(["a red cube", "a"])[0]
+    path = text_encoder.path("a red cube")
+    save_file(content, path) if isinstance(content, dict) else path.write_bytes(content)
+    assert torch.equal(text_encoder(["a red cube", "a"])[0], wanted) and wanted.shape == (2, 300, 3)
+
+
+def test_encoded_prompts_that_cannot_be_kept(text_encoder, capsys):
+    text_encoder.cache.parent.mkdir(parents=True)
+    text_encoder.cache.write_bytes(b"")
+    embeds, mask = text_encoder(["a red cube", "a"])
+    assert mask.sum(1).tolist() == [4, 2] and torch.equal(embeds, text_encoder(["a red cube", "a"])[0])
+    assert capsys.readouterr().err.count("are not kept for other runs") == 1
+    assert text_encoder.too_long(["a " * 299, "a " * 300, "a " * 300 + "b", "a" * 400]) == 2
 
 
 # ---- 13: text ------------------------------------------------------------------------------------------------------
