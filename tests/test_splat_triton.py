@@ -198,7 +198,7 @@ def interpret():
 
 TYPES = {"box_ptr": "*i32", "count_ptr": "*i32", "order_ptr": "*i64", "end_ptr": "*i64", "tile_ptr": "*i16",
          "row_ptr": "*i32", "start_ptr": "*i32", "stop_ptr": "*i32", "median_ptr": "*i32", "slot_ptr": "*i64"}
-NUMBERS = ("V", "N", "H", "W", "tiles_x", "tiles_y", "tiles", "rows", "pairs", "steps")
+NUMBERS = ("V", "N", "H", "W", "tiles_x", "tiles_y", "tiles", "first", "rows", "pairs", "steps")
 LAUNCHES = [
     ("_project_kernel", {**splat.LANES, "TILE": splat.GPU_TILE}),
     ("_expand_kernel", splat.LANES),
