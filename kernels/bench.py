@@ -3,7 +3,7 @@
 Steps, each a process of its own with a time limit, so that a crash or a hang costs one step and no other:
 
     environment  versions, and the machine's two ceilings: bandwidth of a copy, rate of a float32 product
-    correct      both operators against float64, then the tests that need a GPU; if one fails, nothing else runs
+    correct      both operators against float64, then the tests that need a GPU; if one fails, it ends here
     time         rasterize at all shapes: forward and with backward, picture alone and with geometry, beside
                  gsplat and one view at a time; host and device time, peak memory, device time by kernel
     sweep        rasterize with other tiles, warps and batches

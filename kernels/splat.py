@@ -677,9 +677,37 @@ if triton is not None:
         tl.store(median_ptr + one, median, inside)
 
     @triton.jit
-    def _put(sums, COLUMN: tl.constexpr, value):
-        """The sum over each warp's pixels, into one column of sums [WARPS, 32]: no warp waits for another."""
-        return tl.where(tl.arange(0, 32)[None, :] == COLUMN, tl.sum(tl.sum(value, 0), 1)[:, None], sums)
+    def _fold(a, b, lane, STEP: tl.constexpr):
+        """Lanes with bit STEP go on with b, the others with a, each with the other's share added."""
+        high = (lane & STEP) != 0
+        return tl.where(high, b, a) + tl.gather(tl.where(high, a, b), lane ^ STEP, 1)
+
+    @triton.jit
+    def _halve(a, lane, STEP: tl.constexpr):
+        return a + tl.gather(a, lane ^ STEP, 1)
+
+    @triton.jit
+    def _add_lanes(moments, colors, planes, normals, lane, GEOMETRY: tl.constexpr):
+        """Sums over each warp's lanes, of [WARPS, 32] each: the k-th ends in the lanes 2 k and 2 k + 1.
+
+        By halves: after 8 exchanges a lane has 8 sums to go on with, after 4 more 4, so 16 exchanges in all,
+        where 15 sums one after another take 75.
+        """
+        a, b, c, d, e, f = moments
+        g, h, i = colors
+        a = _fold(a, i, lane, 16)
+        if GEOMETRY:
+            j, k, l = planes
+            m, n, o = normals
+            b, c, d = _fold(b, j, lane, 16), _fold(c, k, lane, 16), _fold(d, l, lane, 16)
+            e, f, g = _fold(e, m, lane, 16), _fold(f, n, lane, 16), _fold(g, o, lane, 16)
+        else:  # columns that nobody reads
+            b, c, d = _halve(b, lane, 16), _halve(c, lane, 16), _halve(d, lane, 16)
+            e, f, g = _halve(e, lane, 16), _halve(f, lane, 16), _halve(g, lane, 16)
+        h = _halve(h, lane, 16)
+        a, b, c, d = _fold(a, e, lane, 8), _fold(b, f, lane, 8), _fold(c, g, lane, 8), _fold(d, h, lane, 8)
+        a, b = _fold(a, c, lane, 4), _fold(b, d, lane, 4)
+        return _halve(_fold(a, b, lane, 2), lane, 1)
 
     @triton.jit
     def _composite_backward_kernel(
@@ -733,7 +761,9 @@ if triton is not None:
                 gn1 = (gn1 - n1 * along) / norm
                 gn2 = (gn2 - n2 * along) / norm
 
-            lane = tl.arange(0, 32)
+            lane = tl.arange(0, 32)[None, :] + tl.zeros([WARPS, 32], tl.int32)
+            column_of, own = lane // 2, (lane % 2 == 0) & (lane < 2 * (15 if GEOMETRY else 9))
+            first = tl.arange(0, 32)[None, :] % 2 == 0
             row = tl.load(row_ptr + pair)
             splat = _load_splat(record_ptr, row, RECORD)
             next_row = tl.load(row_ptr + tl.minimum(pair + 1, stop - 1))
@@ -748,30 +778,21 @@ if triton is not None:
                 rest -= w * value
                 g = tl.where(w > 0, raw * (T * value - rest / keep), 0.0)
                 ge, gy = g * e, g * dy
-                sums = tl.zeros([WARPS, 32], tl.float32)
-                sums = _put(sums, 0, g)
-                sums = _put(sums, 1, ge)
-                sums = _put(sums, 2, gy)
-                sums = _put(sums, 3, ge * e)
-                sums = _put(sums, 4, ge * dy)
-                sums = _put(sums, 5, gy * dy)
-                sums = _put(sums, 6, w * g0)
-                sums = _put(sums, 7, w * g1)
-                sums = _put(sums, 8, w * g2)
+                moments = (tl.sum(g, 0), tl.sum(ge, 0), tl.sum(gy, 0), tl.sum(ge * e, 0), tl.sum(ge * dy, 0),
+                           tl.sum(gy * dy, 0))
+                colors = tl.sum(w * g0, 0), tl.sum(w * g1, 0), tl.sum(w * g2, 0)
+                planes, normals = colors, colors
                 if GEOMETRY:
                     wt = w * g_t + tl.where(median == pair, g_median, 0.0)
-                    sums = _put(sums, 9, wt)
-                    sums = _put(sums, 10, wt * dx)
-                    sums = _put(sums, 11, wt * dy)
-                    sums = _put(sums, 12, w * gn0)
-                    sums = _put(sums, 13, w * gn1)
-                    sums = _put(sums, 14, w * gn2)
+                    planes = tl.sum(wt, 0), tl.sum(wt * dx, 0), tl.sum(wt * dy, 0)
+                    normals = tl.sum(w * gn0, 0), tl.sum(w * gn1, 0), tl.sum(w * gn2, 0)
+                sums = _add_lanes(moments, colors, planes, normals, lane, GEOMETRY)
                 if DETERMINISTIC:
-                    slot = tl.load(slot_ptr + pair)
-                    tl.store(sums_ptr + slot * RECORD + lane, tl.sum(sums, 0), lane < RECORD)
+                    place = tl.load(slot_ptr + pair) * RECORD + column_of
+                    tl.store(sums_ptr + place, tl.sum(sums, 0)[None, :], first)
                 else:
-                    place = row.to(tl.int64) * RECORD + lane[None, :] + tl.zeros([WARPS, 32], tl.int32)
-                    tl.atomic_add(sums_ptr + place, sums, sums != 0, sem="relaxed")
+                    place = row.to(tl.int64) * RECORD + column_of
+                    tl.atomic_add(sums_ptr + place, sums, own & (sums != 0), sem="relaxed")
                 T = after
                 splat = following
                 row, next_row = next_row, last_row

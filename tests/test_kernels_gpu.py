@@ -124,14 +124,15 @@ def test_under_torch_compile(inputs):
 def test_the_host_waits_once(inputs):
     """Everything else is queued: with warnings for each wait there is one."""
     import warnings
-    rasterize(*inputs, 33, 40)
+    weights = [w.cuda() for w in weights_like(rasterize(*inputs, 33, 40))]
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             leaves = [x.clone().requires_grad_() for x in inputs[:5]]
             render = rasterize(*leaves, *inputs[5:], 33, 40)
-            torch.autograd.backward(list(render), [w.cuda(non_blocking=True) for w in weights_like(render)])
+            torch.autograd.backward(list(render), weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchroniz" in str(w.message) for w in caught) == 1, [str(w.message) for w in caught]
