@@ -96,9 +96,9 @@ class Render(NamedTuple):
 
 # ---- PyTorch: the CPU path, and the specification of the kernels -------------------------------------------
 
-TILE = 8  # pixels along a tile's side
+TILE = 4  # pixels along a tile's side: splats are a few pixels wide
 CHUNK = 16  # Gaussians composited at once
-GROUP = 512  # tiles worked on at once: their temporaries fit into a core's cache
+GROUP = 2048  # tiles worked on at once: their temporaries fit into a core's cache
 CHANNELS = 10  # red green blue, 1, t at the tile's centre, p_x, p_y, normal
 
 
