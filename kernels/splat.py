@@ -469,37 +469,29 @@ if triton is not None:
         return tl.reshape(tl.join(a, b), [a.shape[0], 16])
 
     @triton.jit
-    def _project_kernel(
-        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
-        c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
-        record_ptr,  # [B V N, RECORD] out: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
-        distance_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
-        box_ptr,  # [B V N, 3] out: first column and row of tiles, columns
-        count_ptr,  # [B V N] int32 out: tiles
-        V, N, H, W,
-        TILE: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
-    ):
-        blocks = tl.cdiv(N, BLOCK)
-        view = tl.program_id(0) // blocks  # of all B V
-        n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-        mask = n < N
-        own = (view // V).to(tl.int64) * N + n
-        row = view.to(tl.int64) * N + n
+    def _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, own, mask, camera, H, W,
+             SURE: tl.constexpr):
+        """Gaussians `own` in a view: t_z, half the sides of the box, the record, whether they can be seen.
+
+        SURE: that is known already, and `mask` says it.
+        """
         mean, scales = _load3(means_ptr + own * 3, mask), _load3(scales_ptr + own * 3, mask)
         q = quats_ptr + own * 4
         qx, qy, qz = _load3(q + 1, mask)
         opacity = tl.load(opacities_ptr + own, mask, other=0.0)
-        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
         right, down, forward, origin, fx, fy, cx, cy = camera
 
         axes = _axes(tl.load(q, mask, other=1.0), qx, qy, qz)
         tx, ty, tz = _center(mean, camera)
-        seen = mask & (tz > _NEAR) & (tl.zeros([BLOCK], tl.float32) + tl.minimum(fx, fy) > 0)
+        seen = mask
+        if not SURE:
+            seen = seen & (tz > _NEAR) & (tz * 0 + tl.minimum(fx, fy) > 0)
         tz = tl.where(seen, tz, 1.0)
         u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), axes, scales, camera, H, W)
         C_xx, C_xy, C_yy, det = _dot(ex, ex), _dot(ex, ey), _dot(ey, ey), _dot(c, c)
         o = opacity * tl.sqrt(det / (det + _VANISHING) + _VANISHING)
-        seen = seen & (det > _VANISHING) & (o >= _ALPHA_MIN)
+        if not SURE:
+            seen = seen & (det > _VANISHING) & (o >= _ALPHA_MIN)
         det, C_yy, o = tl.where(seen, det, 1.0), tl.where(seen, C_yy, 1.0), tl.where(seen, o, 1.0)
 
         x, y = fx * tx / tz + cx - 0.5, fy * ty / tz + cy - 0.5
@@ -519,12 +511,33 @@ if triton is not None:
         p_x, p_y = length * (m[0] / along - u / nl) / fx, length * (m[1] / along - v / nl) / fy
         n_x, n_y, n_z = -m[0] / norm, -m[1] / norm, -m[2] / norm
         red, green, blue = _load3(colors_ptr + own * 3, seen)
+        if not SURE:
+            # 0 x what is not finite is NaN, and that equals nothing
+            finite = half_x * 0 + half_y * 0 + x * 0 + y * 0 + a * 0 + r * 0 + h * 0 + log_o * 0
+            finite += red * 0 + green * 0 + blue * 0 + t * 0 + p_x * 0 + p_y * 0 + n_x * 0 + n_y * 0 + n_z * 0
+            seen = seen & (finite == 0)
+        return tz, half_x, half_y, (
+            x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z), seen
 
-        # 0 x what is not finite is NaN, and that equals nothing
-        finite = half_x * 0 + half_y * 0 + x * 0 + y * 0 + a * 0 + r * 0 + h * 0 + log_o * 0
-        finite += red * 0 + green * 0 + blue * 0 + t * 0 + p_x * 0 + p_y * 0 + n_x * 0 + n_y * 0 + n_z * 0
-        seen = seen & (finite == 0)
-        x, y = tl.where(seen, x, 0.0), tl.where(seen, y, 0.0)
+    @triton.jit
+    def _project_kernel(
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
+        c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
+        distance_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
+        box_ptr,  # [B V N, 3] int32 out: first tile, tiles in a line, all tiles; 0 of them: unseen
+        totals_ptr,  # [2] int64: how many are seen, and all their tiles, are added
+        V, N, H, W, tiles_x, tiles_y,
+        TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        blocks = tl.cdiv(N, BLOCK)
+        view = tl.program_id(0) // blocks  # of all B V
+        n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+        mask = n < N
+        own, row = (view // V).to(tl.int64) * N + n, view.to(tl.int64) * N + n
+        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
+        tz, half_x, half_y, record, seen = _see(
+            means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, own, mask, camera, H, W, False)
+        x, y = tl.where(seen, record[0], 0.0), tl.where(seen, record[1], 0.0)
         half_x, half_y = tl.where(seen, half_x, 0.0), tl.where(seen, half_y, 0.0)
         x0 = tl.minimum(tl.maximum(tl.ceil(x - half_x), 0.0), W).to(tl.int32)
         x1 = tl.minimum(tl.maximum(tl.floor(x + half_x), -1.0), W - 1).to(tl.int32)
@@ -533,23 +546,45 @@ if triton is not None:
         seen = seen & (x0 <= x1) & (y0 <= y1)
         x0, y0 = x0 // TILE, y0 // TILE
         wide, high = x1 // TILE - x0 + 1, y1 // TILE - y0 + 1
-        tl.store(count_ptr + row, tl.where(seen, wide * high, 0), mask)
+        count = tl.where(seen, wide * high, 0)
         tl.store(distance_ptr + row, tl.where(seen, tz, float("inf")), mask)
-        tl.store(box_ptr + row * 3, x0, seen)
-        tl.store(box_ptr + row * 3 + 1, y0, seen)
-        tl.store(box_ptr + row * 3 + 2, wide, seen)
+        tl.store(box_ptr + row * 3, view * tiles_x * tiles_y + y0 * tiles_x + x0, seen)
+        tl.store(box_ptr + row * 3 + 1, wide, seen)
+        tl.store(box_ptr + row * 3 + 2, count, mask)
+        tl.atomic_add(totals_ptr, tl.sum(seen.to(tl.int64)))
+        tl.atomic_add(totals_ptr + 1, tl.sum(count.to(tl.int64)))
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _record_kernel(
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, c2w_ptr, fxfycxcy_ptr,  # as above
+        order_ptr,  # [rows] int64: of all B V N the ones that are seen, front to back
+        record_ptr,  # [rows, RECORD] out, in this order: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
+        rank_ptr,  # [B V N] int32 out: the place in this order; not written to for the others
+        V, N, H, W, rows,
+        RECORD: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = rank < rows
+        row = tl.load(order_ptr + rank, mask, other=0)
+        view = row // N
+        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
+        _, _, _, record, _ = _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,
+                                  view // V * N + row % N, mask, camera, H, W, True)
+        x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z = record
+        tl.store(rank_ptr + row, rank, mask)
         record = _pack(x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z, t)
-        tl.store(record_ptr + row[:, None] * RECORD + tl.arange(0, RECORD)[None, :], record, seen[:, None])
+        place = rank.to(tl.int64)[:, None] * RECORD + tl.arange(0, RECORD)[None, :]
+        tl.store(record_ptr + place, record, mask[:, None])
 
     @triton.jit(do_not_specialize=["pairs", "rows", "steps"])
     def _expand_kernel(
-        order_ptr,  # [rows] int64: rows, front to back
+        order_ptr,  # as above
         end_ptr,  # [rows] int64: where the pairs of each of these end
-        box_ptr, count_ptr,  # as above
-        tile_ptr,  # [pairs] int16 or int32 out: the pair's tile, counted from `first`
-        row_ptr,  # [pairs] int32 out: the pair's row
+        box_ptr,  # as above
+        tile_ptr,  # [pairs] int16 or int32 out: the pair's tile, counted from `least`
+        row_ptr,  # [pairs] int32 out: the pair's row of `record`
         pairs, rows, steps,  # 2^steps > rows
-        N, tiles_x, tiles, first, BLOCK: tl.constexpr,
+        tiles_x, least, BLOCK: tl.constexpr,
     ):
         pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = pair < pairs
@@ -561,13 +596,12 @@ if triton is not None:
             before = tl.load(end_ptr + middle) <= pair
             low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
             step += 1
-        row = tl.load(order_ptr + low)
-        place = (pair - tl.load(end_ptr + low) + tl.load(count_ptr + row)).to(tl.int32)
-        x0, y0, wide = _load3(box_ptr + row * 3, mask)
+        first, wide, count = _load3(box_ptr + tl.load(order_ptr + low) * 3, mask)
         wide = tl.maximum(wide, 1)
-        tile = (row // N).to(tl.int32) * tiles + (y0 + place // wide) * tiles_x + x0 + place % wide
-        tl.store(tile_ptr + pair, (tile + first).to(tile_ptr.dtype.element_ty), mask)
-        tl.store(row_ptr + pair, row.to(tl.int32), mask)
+        place = (pair - tl.load(end_ptr + low)).to(tl.int32) + count
+        tile = first + place // wide * tiles_x + place % wide + least
+        tl.store(tile_ptr + pair, tile.to(tile_ptr.dtype.element_ty), mask)
+        tl.store(row_ptr + pair, low, mask)
 
     @triton.jit
     def _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE: tl.constexpr, WARPS: tl.constexpr):
@@ -611,7 +645,7 @@ if triton is not None:
     @triton.jit
     def _composite_kernel(
         record_ptr,  # [rows, RECORD]
-        row_ptr,  # [pairs] int32: the rows that reach a tile, front to back, tile by tile
+        row_ptr,  # [pairs] int32: the rows of `record` that reach a tile, front to back, tile by tile
         start_ptr,  # [tiles + 1] int32: where each tile's pairs begin
         fxfycxcy_ptr, background_ptr,  # (B, V, 4), (3,)
         image_ptr, alpha_ptr, depth_ptr, median_depth_ptr, normal_ptr,  # (B, V, ., H, W) out
@@ -800,16 +834,16 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows"])
     def _add_pairs_kernel(
-        order_ptr, end_ptr, count_ptr,  # as above
+        end_ptr,  # as above
         pair_sums_ptr,  # [pairs, RECORD]: the sums of each tile, in the order before the sort by tiles
-        sums_ptr,  # [rows, RECORD] out, written where count > 0
+        sums_ptr,  # [rows, RECORD] out
         rows, ROWS: tl.constexpr, RECORD: tl.constexpr,
     ):
         """Deterministic: each row's tiles in a fixed order."""
-        rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        row = tl.load(order_ptr + rank, rank < rows, other=0)
-        count = tl.load(count_ptr + row, rank < rows, other=0)
-        start = tl.load(end_ptr + rank, rank < rows, other=0) - count
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        mask = row < rows
+        start = tl.load(end_ptr + row - 1, mask & (row > 0), other=0)
+        count = tl.where(mask, tl.load(end_ptr + row, mask, other=0) - start, 0)
         lane = tl.arange(0, RECORD)[None, :]
         total = tl.zeros([ROWS, RECORD], tl.float32)
         most = tl.max(count)
@@ -818,13 +852,14 @@ if triton is not None:
             place = (start + step)[:, None] * RECORD + lane
             total += tl.load(pair_sums_ptr + place, (count > step)[:, None], other=0.0)
             step += 1
-        tl.store(sums_ptr + row[:, None] * RECORD + lane, total, (count > 0)[:, None])
+        tl.store(sums_ptr + row.to(tl.int64)[:, None] * RECORD + lane, total, mask[:, None])
 
     @triton.jit
     def _project_backward_kernel(
         means_ptr, quats_ptr, scales_ptr, opacities_ptr,  # as in _project_kernel
-        c2w_ptr, fxfycxcy_ptr, count_ptr,
-        sums_ptr,  # [B V N, RECORD]: sum of g, g e, g dy, g e e, g e dy, g dy dy with g = dL/dlog raw,
+        c2w_ptr, fxfycxcy_ptr,
+        rank_ptr,  # [B V N] int32: the row of sums, or -1
+        sums_ptr,  # [rows, RECORD]: sum of g, g e, g dy, g e e, g e dy, g dy dy with g = dL/dlog raw,
         #            then of w dL/dout_colour; of s, s dx, s dy with s = dL/dt; of w dL/dout_n; -
         g_means_ptr, g_quats_ptr, g_scales_ptr, g_opacities_ptr, g_colors_ptr,  # (B, N, .) out
         V, N, H, W,
@@ -855,8 +890,9 @@ if triton is not None:
             camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
             right, down, forward, origin, fx, fy, cx, cy = camera
             row = view.to(tl.int64) * N + n
-            seen = tl.load(count_ptr + row, mask, other=0) > 0
-            sums = sums_ptr + row * RECORD
+            rank = tl.load(rank_ptr + row, mask, other=-1)
+            seen = rank >= 0
+            sums = sums_ptr + rank.to(tl.int64) * RECORD
             ever = ever | seen
             one, se, sy = _load3(sums, seen)
             see, sey, syy = _load3(sums + 3, seen)
@@ -991,31 +1027,25 @@ if triton is not None:
             tl.store(g_colors_ptr + own * 3 + i, g_color[i], mask)
 
 
-def _tile_lists_triton(distance, count, box, N, tiles_x, tiles_of_view, tiles):
-    """From what _project_kernel found: row [pairs], the rows that reach a tile, tile by tile, front to back;
-    slot [pairs], where each of these was before the sort by tiles; start [tiles + 1] of each tile's list;
-    order [rows], all rows front to back; end [rows], where the pairs of each of these end in slot's order.
+def _tile_lists_triton(order, box, pairs, tiles_x, tiles):
+    """From `order` [rows], what is seen, front to back: row [pairs], the members of each tile's list, nearest
+    first, tile by tile; slot [pairs], where each was before the sort by tiles; start [tiles + 1] of each list;
+    end [rows], where the pairs of each row end in slot's order.
     """
-    rows, new = len(count), dict(device=count.device)
-    # First front to back, then by tile: two stable sorts of short keys, not one of long keys.
-    order = distance.sort(stable=True)[1]
-    end = count[order].cumsum(0)
-    pairs = int(end[-1]) if rows else 0  # the one time that the host waits
-    if pairs >= 2**30:
-        raise ValueError(f"rasterize: {pairs} pairs of a Gaussian and a tile: use a smaller batch")
+    rows, new = len(order), dict(device=order.device)
+    end = box[:, 2][order].cumsum(0)
     short = tiles <= 2**16  # then 16 bits carry a tile's number, counted from the least of them
-    first = -(2**15) if short else 0
+    least = -(2**15) if short else 0
     tile = torch.empty(pairs, dtype=torch.int16 if short else torch.int32, **new)
     row = torch.empty(pairs, dtype=torch.int32, **new)
     if pairs:
         _expand_kernel[(triton.cdiv(pairs, LANES["BLOCK"]),)](
-            order, end, box, count, tile, row, pairs, rows, rows.bit_length(), N, tiles_x, tiles_of_view,
-            first, **LANES)
-    tile, slot = tile.sort(stable=True)
+            order, end, box, tile, row, pairs, rows, rows.bit_length(), tiles_x, least, **LANES)
+    tile, slot = tile.sort(stable=True)  # after the sort by distance: two of short keys, not one of long keys
     start = torch.full((tiles + 1,), pairs, dtype=torch.int32, **new)
-    keys = torch.arange(first, first + tiles, dtype=tile.dtype, **new)
+    keys = torch.arange(least, least + tiles, dtype=tile.dtype, **new)
     torch.searchsorted(tile, keys, out_int32=True, out=start[:-1])
-    return row[slot], slot, start, order, end
+    return row[slot], slot, start, end
 
 
 class _Rasterize(torch.autograd.Function):
@@ -1029,15 +1059,22 @@ class _Rasterize(torch.autograd.Function):
             raise ValueError(f"rasterize: {rows} Gaussians, {tiles} tiles in all views: use a smaller batch")
         new = dict(device=means.device)
         with torch.cuda.device_of(means):
-            record, distance = torch.empty(rows, RECORD, **new), torch.empty(rows, **new)
-            box = torch.empty(rows, 3, dtype=torch.int32, **new)
-            count = torch.empty(rows, dtype=torch.int32, **new)
+            distance, box = torch.empty(rows, **new), torch.empty(rows, 3, dtype=torch.int32, **new)
+            totals = torch.zeros(2, dtype=torch.int64, **new)
             if rows:
                 _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
-                    *inputs[:7], record, distance, box, count, V, N, H, W,
-                    TILE=GPU_TILE, RECORD=RECORD, **LANES)
-            row, slot, start, order, end = _tile_lists_triton(
-                distance, count, box, N, tiles_x, tiles_x * tiles_y, tiles)
+                    *inputs[:7], distance, box, totals, V, N, H, W, tiles_x, tiles_y, TILE=GPU_TILE, **LANES)
+            order = distance.sort(stable=True)[1]
+            seen, pairs = totals.tolist()  # the one time that the host waits
+            if pairs >= 2**30:
+                raise ValueError(f"rasterize: {pairs} pairs of a Gaussian and a tile: use a smaller batch")
+            # What takes 64 bytes is kept for those that are seen, often less than half.
+            order, record = order[:seen], torch.empty(seen, RECORD, **new)
+            rank = torch.full((rows,), -1, dtype=torch.int32, **new)
+            if seen:
+                _record_kernel[(triton.cdiv(seen, LANES["BLOCK"]),)](
+                    *inputs[:7], order, record, rank, V, N, H, W, seen, RECORD=RECORD, **LANES)
+            row, slot, start, end = _tile_lists_triton(order, box, pairs, tiles_x, tiles)
             image, normal = (torch.empty(B, V, 3, H, W, **new) for _ in range(2))
             alpha, depth, median_depth = (torch.empty(B, V, 1, H, W, **new) for _ in range(3))
             norm, median = torch.empty(B, V, H, W, **new), torch.empty(B, V, H, W, dtype=torch.int32, **new)
@@ -1046,9 +1083,9 @@ class _Rasterize(torch.autograd.Function):
                 _composite_kernel[(tiles,)](
                     record, row, start, fxfycxcy, background, image, alpha, depth, median_depth, normal, norm,
                     median, stop, H, W, tiles_x, tiles_y, RECORD=RECORD, BATCH=BATCH, **COMPOSITE)
-        lists = (slot, order, end) if deterministic else ()
+        lists = (slot, end) if deterministic else ()
         ctx.save_for_backward(
-            *inputs, record, count, row, start, stop, image, alpha, depth, normal, norm, median, *lists)
+            *inputs, record, rank, row, start, stop, image, alpha, depth, normal, norm, median, *lists)
         ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
         return image, alpha, depth, median_depth, normal
@@ -1063,16 +1100,16 @@ class _Rasterize(torch.autograd.Function):
     @staticmethod
     def differentiate(ctx, *gradients):
         means, quats, scales, opacities, colors, c2w, fxfycxcy, background, *saved = ctx.saved_tensors
-        record, count, row, start, stop, image, alpha, depth, normal, norm, median, *lists = saved
+        record, rank, row, start, stop, image, alpha, depth, normal, norm, median, *lists = saved
         (B, V, _, H, W), N = image.shape, means.shape[1]
-        if means.numel() == 0:
+        if means.numel() == 0 or V == 0:
             return [torch.zeros_like(x) for x in (means, quats, scales, opacities, colors)]
         geometry = any(g is not None for g in gradients[2:])
         wanted = [image, alpha] + (3 * [None] if not geometry else [depth, depth, normal])
         gradients = [x if x is None else torch.zeros_like(x) if g is None else g.contiguous()
                      for g, x in zip(gradients, wanted)]
         gradients = [image if g is None else g for g in gradients]  # never read
-        slot, order, end = lists or 3 * (start,)
+        slot, end = lists or 2 * (start,)
         tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
         with torch.cuda.device_of(means):
             sums = torch.zeros(len(row) if ctx.deterministic else len(record), RECORD, device=means.device)
@@ -1084,10 +1121,10 @@ class _Rasterize(torch.autograd.Function):
             if ctx.deterministic and len(row):
                 pair_sums, sums = sums, torch.empty_like(record)
                 _add_pairs_kernel[(triton.cdiv(len(record), ADD_PAIRS["ROWS"]),)](
-                    order, end, count, pair_sums, sums, len(record), RECORD=RECORD, **ADD_PAIRS)
+                    end, pair_sums, sums, len(record), RECORD=RECORD, **ADD_PAIRS)
             grads = [torch.empty_like(x) for x in (means, quats, scales, opacities, colors)]
             _project_backward_kernel[(B * triton.cdiv(N, LANES["BLOCK"]),)](
-                means, quats, scales, opacities, c2w, fxfycxcy, count, sums, *grads, V, N, H, W,
+                means, quats, scales, opacities, c2w, fxfycxcy, rank, sums, *grads, V, N, H, W,
                 GEOMETRY=geometry, RECORD=RECORD, **LANES)
         return grads
 

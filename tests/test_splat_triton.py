@@ -241,11 +241,12 @@ def loop_of_pairs(cubin):
     return {"loop": len(loop), "shuffles": sum("SHFL" in x for x in loop)}
 
 
-TYPES = {"box_ptr": "*i32", "count_ptr": "*i32", "order_ptr": "*i64", "end_ptr": "*i64", "tile_ptr": "*i16",
+TYPES = {"box_ptr": "*i32", "rank_ptr": "*i32", "totals_ptr": "*i64", "order_ptr": "*i64", "end_ptr": "*i64", "tile_ptr": "*i16",
          "row_ptr": "*i32", "start_ptr": "*i32", "stop_ptr": "*i32", "median_ptr": "*i32", "slot_ptr": "*i64"}
-NUMBERS = ("V", "N", "H", "W", "tiles_x", "tiles_y", "tiles", "first", "rows", "pairs", "steps")
+NUMBERS = ("V", "N", "H", "W", "tiles_x", "tiles_y", "least", "rows", "pairs", "steps")
 LAUNCHES = [
     ("_project_kernel", {**splat.LANES, "TILE": splat.GPU_TILE}),
+    ("_record_kernel", splat.LANES),
     ("_expand_kernel", splat.LANES),
     ("_composite_kernel", {**splat.COMPOSITE, "BATCH": splat.BATCH}),
     *[("_composite_backward_kernel", {**splat.COMPOSITE, "GEOMETRY": geometry, "DETERMINISTIC": fixed})
