@@ -1,29 +1,44 @@
-"""Measured speed and memory of the kernels: `python -m kernels.bench`; on a GPU under 8 minutes.
+"""Everything that is measured about the kernels, in one command: `python -m kernels.bench`.
 
-In one call: checks that Triton agrees with the PyTorch path (gradient_matching with float64) and that
-deterministic=True is bit-identical; measures the machine's two ceilings (copy bandwidth, float32 rate); times
-operators, backends, shapes and passes; prints one table and whether each goal is met; with --out, appends one
-JSON row a line. A row says where and how it was measured: GPU, torch, triton, CUDA, commit, date, command.
+Steps, each a process of its own with a time limit, so that a crash or a hang costs one step and no other:
+
+    environment  versions, and the machine's two ceilings: bandwidth of a copy, rate of a float32 product
+    correct      both operators against float64, then the tests that need a GPU; if one fails, it ends here
+    time         rasterize at all shapes: forward and with backward, picture alone and with geometry, beside
+                 gsplat and one view at a time; host and device time, peak memory, device time by kernel
+    sweep        rasterize with other tiles, warps and batches
+    matching     gradient_matching: eager PyTorch, ours, both as CUDA graphs
+    cost         one epoch of the paper's base with random weights: seconds by phase, peak memory
+    first        the README's first command
+
+The whole takes under 9 minutes on one H100. Each row goes to the file of --out, one JSON object a line, the
+moment it is known, and says where and how it was measured: GPU, versions, commit, date, command. At the end a
+table, and for each goal whether it is met.
 
 Times are medians with 20 and 80 % quantiles over repetitions that cycle through several random inputs, after
-a warm-up, each between two device events. peak_mb is the most memory allocated in a pass beyond its inputs.
-floor_ms is the least time the pass can take: every input read once and every output written once at the
-measured bandwidth, or the arithmetic of the contributing (pixel, Gaussian) pairs at the measured float32
-rate, whichever is larger.
+a warm-up, each between two device events; host_ms is how long the call keeps the host. peak_mb is the most
+memory allocated in a pass beyond its inputs. floor_ms is the least time the pass can take: every input read
+once and every output written once at the measured bandwidth, or the arithmetic of the contributing (pixel,
+Gaussian) pairs at the measured float32 rate, whichever is larger.
 """
 import argparse
 import datetime
+import importlib.util
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
-from kernels import gradient_matching, rasterize
+from kernels import gradient_matching, rasterize, splat
 
 try:
     import triton
@@ -34,6 +49,7 @@ try:
 except ImportError:
     gsplat = None
 
+ROOT = Path(__file__).resolve().parents[1]
 # name: objects, views, Gaussians per object, image side. The latent shapes below are those of the same bases.
 SPLAT = {
     "embedded": (16, 4, 4096, 64),
@@ -45,6 +61,7 @@ SPLAT = {
     "diffsplat-b4-512": (4, 4, 4 * 256**2, 512),
     "gaussiancube": (4, 4, 32**3, 256),
 }
+TINY = {"tiny": (2, 2, 512, 32)}  # for --quick
 MATCHING = {  # name: samples, elements per sample
     "embedded": (32, 4 * 8 * 8 * 8),
     "diffsplat": (8, 4 * 4 * 32 * 32),
@@ -149,21 +166,20 @@ def make_views(B, V, size, device):
             torch.linalg.inv(c2w), intrinsics.repeat(B, V, 1, 1))
 
 
-def render_ours(gaussians, views, size, backend, deterministic=False):
-    return rasterize(*gaussians, *views[:2], size, size, backend=backend, deterministic=deterministic)
+def ours(gaussians, views, size, module=splat, geometry=True, **options):
+    """What gsplat returns too: image, alpha and expected depth; or the image alone."""
+    render = module.rasterize(*gaussians, *views[:2], size, size, **options)
+    return (render.image, render.alpha, render.depth) if geometry else (render.image,)
 
 
-def ours(gaussians, views, size, backend, deterministic=False):
-    render = render_ours(gaussians, views, size, backend, deterministic)
-    return render.image, render.alpha, render.depth
-
-
-def with_gsplat(gaussians, views, size, packed=False):
+def with_gsplat(gaussians, views, size, geometry=True, packed=False):
     means, quats, scales, opacities, colors = gaussians
     *_, w2c, intrinsics = views
-    return gsplat.rasterization(
+    found = gsplat.rasterization(
         means, quats, scales, opacities, colors, w2c, intrinsics, size, size, eps2d=0.0, packed=packed,
-        render_mode="RGB+ED", backgrounds=torch.ones(*w2c.shape[:2], 3, device=w2c.device))[:2]
+        render_mode="RGB+ED" if geometry else "RGB",
+        backgrounds=torch.ones(*w2c.shape[:2], 3, device=w2c.device))
+    return found[:2] if geometry else found[:1]
 
 
 def one_view_at_a_time(render, gaussians, views, size):
@@ -173,17 +189,19 @@ def one_view_at_a_time(render, gaussians, views, size):
     return [torch.cat(outputs) for outputs in zip(*singly, strict=True)]
 
 
-def splat_backends(device, small):
-    backends = {}
-    if device.type == "cuda":
-        fused = partial(ours, backend="triton")
-        backends |= {"triton": fused, "triton, deterministic": partial(fused, deterministic=True),
-                     "triton, view by view": partial(one_view_at_a_time, fused)}
-        if gsplat is not None:
-            backends |= {"gsplat": with_gsplat, "gsplat, packed": partial(with_gsplat, packed=True),
-                         "gsplat, view by view": partial(one_view_at_a_time, with_gsplat)}
-    # The PyTorch path is made for a CPU: where a GPU needs seconds for it, there is nothing to learn.
-    return backends | ({"torch": partial(ours, backend="torch")} if small else {})
+def splat_backends(device):
+    """{name: function of (gaussians, views, size)}"""
+    if device.type == "cpu":
+        return {"torch": partial(ours, backend="torch"),
+                "torch, picture": partial(ours, backend="torch", geometry=False)}
+    backends = {"triton": ours, "triton, picture": partial(ours, geometry=False),
+                "triton, deterministic": partial(ours, deterministic=True),
+                "triton, view by view": partial(one_view_at_a_time, ours)}
+    if gsplat is not None:
+        backends |= {"gsplat": with_gsplat, "gsplat, picture": partial(with_gsplat, geometry=False),
+                     "gsplat, packed": partial(with_gsplat, packed=True),
+                     "gsplat, view by view": partial(one_view_at_a_time, with_gsplat)}
+    return backends
 
 
 def matching_inputs(M, n, dtype, device, seed):
@@ -197,7 +215,7 @@ def matching_inputs(M, n, dtype, device, seed):
 
 
 def measure(calls, device, seconds):
-    """Times of the calls in turn: {ms_p20, ms_p50, ms_p80, reps, peak_mb} in about `seconds`."""
+    """Times of the calls in turn: {ms_p20, ms_p50, ms_p80, host_ms, reps, peak_mb} in about `seconds`."""
     cuda = device.type == "cuda"
     synchronise = partial(torch.cuda.synchronize, device) if cuda else lambda: None
     calls[0]()  # compiles, and fills caches and allocator
@@ -215,10 +233,11 @@ def measure(calls, device, seconds):
         event.record()
         return event
 
-    marks = []
+    marks, host = [], []
     for i in range(reps):  # without a synchronisation: the host runs ahead of the GPU, as it does in training
-        begin = stamp()
+        begin, called = stamp(), time.perf_counter()
         calls[i % len(calls)]()
+        host.append(1e3 * (time.perf_counter() - called))
         marks.append((begin, stamp()))
     synchronise()
     times = [begin.elapsed_time(end) if cuda else 1e3 * (end - begin) for begin, end in marks]
@@ -229,7 +248,8 @@ def measure(calls, device, seconds):
         calls[0]()
         peak = round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
     p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "reps": reps, "peak_mb": peak}
+    return {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "host_ms": sorted(host)[reps // 2], "reps": reps,
+            "peak_mb": peak}
 
 
 def passes(function, inputs, wanted):
@@ -245,13 +265,13 @@ def passes(function, inputs, wanted):
             function(*leaves, *inputs)
 
     def both():
-        torch.autograd.grad(function(*leaves, *inputs), leaves, incoming)
+        torch.autograd.grad(function(*leaves, *inputs), leaves, incoming, allow_unused=True)
 
     return {"forward": forward, "forward+backward": both}
 
 
 def captured(call):
-    """The call as one CUDA graph: its kernels alone, without the time the host takes to launch them."""
+    """(replay, outputs): the call as one CUDA graph, its kernels without the time it takes to launch them."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -259,8 +279,22 @@ def captured(call):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        outputs = call()
+    return graph.replay, outputs
+
+
+def by_kernel(call, reps=3):
+    """Device time of each kernel in a call, in microseconds: {name: (launches, time)}, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        for _ in range(reps):
+            call()
+        torch.cuda.synchronize()
+    kernels = [e for e in found.key_averages() if str(e.device_type).endswith("CUDA")]
+    kernels = sorted(kernels, key=lambda e: -e.self_device_time_total)[:24]
+    return {e.key[:80]: (e.count / reps, round(e.self_device_time_total / reps, 1)) for e in kernels}
 
 
 def ceilings(device):
@@ -276,18 +310,39 @@ def ceilings(device):
 
 
 def provenance(device):
-    git = ["git", "-C", __file__.rpartition("/")[0], "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"gpu": gpu, "cpu": platform.machine(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "triton": triton and triton.__version__,
             "gsplat": gsplat and gsplat.__version__, "cuda": torch.version.cuda or torch.version.hip,
             "commit": commit,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "cmd": " ".join(["python -m kernels.bench", *sys.argv[1:]])}
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 
-# ---- the three parts of a run ------------------------------------------------------------------------------
+class Rows:
+    """Where a step's rows go: appended to a file at once. A step that is stopped keeps what it had."""
+
+    def __init__(self, path, step, device, run, command):
+        self.path = path
+        self.facts = {"step": step, "run": run, **provenance(device), "cmd": command}
+
+    def __call__(self, **row):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, **self.facts}) + "\n")
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+    def failed(self, error, **row):
+        """A backend that fails, out of memory or not built for this machine, is a row as well."""
+        self(**row, error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
+
+
+# ---- the steps ---------------------------------------------------------------------------------------------
+
+
+def environment(rows, device, quick):
+    bandwidth, rate = ceilings(device)
+    rows(copy_gb_per_s=bandwidth / 1e9, float32_tflops=rate / 1e12)
 
 
 def relative(a, b):
@@ -307,107 +362,254 @@ def check(device):
     names = ("match", "reg", "d eps_uncond", "d eps_text")
     for what, a, b in zip(names, *results, strict=True):
         found.append((f"gradient_matching: {what} against float64", relative(a, b), 1e-5))
-    if device.type == "cpu":
-        return found
 
     size = 52  # no multiple of a tile
     gaussians, views = scene(2, 3, 3 * 400, device, 0), make_views(2, 3, size, device)
+    runs = [(torch.float32, {}), (torch.float64, {"backend": "torch"})]
+    if device.type == "cuda":
+        runs += 2 * [(torch.float32, {"deterministic": True})]
     results = []
-    for backend, deterministic in (("triton", False), ("torch", False), ("triton", True), ("triton", True)):
-        leaves = [x.detach().requires_grad_() for x in gaussians]
-        render = render_ours(leaves, views, size, backend, deterministic)
+    for dtype, options in runs:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in gaussians]
+        render = rasterize(*leaves, *(x.to(dtype) for x in views[:2]), size, size, **options)
         outputs = [render.image, render.alpha, render.depth, render.normal]
         generator = torch.Generator(device).manual_seed(0)
-        incoming = [torch.randn(x.shape, generator=generator, device=device) for x in outputs]
+        incoming = [torch.randn(x.shape, generator=generator, device=device).to(dtype) for x in outputs]
         results.append(outputs + list(torch.autograd.grad(outputs, leaves, incoming)))
     names = ("image", "alpha", "depth", "normal", "d means", "d quats", "d scales", "d opacities", "d colors")
     for what, a, b in zip(names, *results[:2], strict=True):
-        found.append((f"rasterize: {what} against the PyTorch path", relative(a, b), 1e-3))
-    differing = sum((a != b).sum().item() for a, b in zip(results[2], results[3], strict=True))
-    return [*found, ("rasterize: elements that differ between two deterministic runs", differing, 0.5)]
+        found.append((f"rasterize: {what} against float64", relative(a, b), 1e-3))
+    if device.type == "cuda":
+        differing = sum((a != b).sum().item() for a, b in zip(*results[2:], strict=True))
+        found.append(("rasterize: elements that differ between two deterministic runs", differing, 0.5))
+    return found
 
 
-def cases(op, device, quick):
-    """(row so far, {backend: function}, leaf sets, constant sets, bytes and operations of each pass)"""
-    cuda = device.type == "cuda"
-    if op in ("matching", "all"):
-        for shape in MATCHING if cuda and not quick else list(MATCHING)[:3]:
-            for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
-                M, n = MATCHING[shape]
-                inputs = [matching_inputs(M, n, dtype, device, seed) for seed in range(2 if quick else 4)]
-                row = {"op": "gradient_matching", "shape": shape, "M": M, "n": n, "dtype": str(dtype)[6:]}
-                functions = {name: partial(gradient_matching, backend=name.split(",")[0]) for name in
-                             (("triton", "torch", "triton, graph", "torch, graph") if cuda else ("torch",))}
-                size = M * n * dtype.itemsize
-                need = {"forward": (6 * size, 0), "forward+backward": (14 * size, 0)}
-                constants = [(*latents[2:], 7.5, k, weight) for latents, k, weight in inputs]
-                yield row, functions, [latents[:2] for latents, _, _ in inputs], constants, need
-    if op in ("splat", "all"):
-        for shape in SPLAT if cuda and not quick else list(SPLAT)[: 2 if cuda else 1]:
-            B, V, N, size = SPLAT[shape]
-            sets = [scene(B, V, N, device, seed) for seed in range(2 if quick else 3)]
-            pairs = mean_pairs(sets[0], V, size)
-            live = (torch.cat([x[3] for x in sets]) > 0).float().mean().item()
-            gaussians, pixels = 4 * GAUSSIAN_FLOATS * B * N, 4 * PIXEL_FLOATS * B * V * size**2
-            need = {name: (gaussians + pixels if name == "forward" else 3 * gaussians + 2 * pixels,
-                           flops * pairs * B * V * size**2) for name, flops in PAIR_FLOPS.items()}
-            row = {"op": "rasterize", "shape": shape, "B": B, "V": V, "N": N, "H": size, "W": size,
-                   "dtype": "float32", "live": round(live, 3), "pairs_per_pixel": round(pairs, 2)}
-            functions = {name: lambda *x, render=render: render(x[:5], *x[5:])
-                         for name, render in splat_backends(device, B * N <= 4 * 256**2).items()}
-            yield row, functions, sets, [(make_views(B, V, size, device), size)] * len(sets), need
+GPU_TESTS = ["test_kernels_gpu.py", "test_splat_triton.py", "test_splat_hard.py", "test_matching.py"]
 
 
-def run(op, device, quick, seconds):
-    """Rows of everything that `seconds` allow; a backend that fails gives a row with the reason."""
-    bandwidth, rate = ceilings(device)
-    print(f"measured ceilings: copy {bandwidth / 1e9:.0f} GB/s, float32 product {rate / 1e12:.2f} TFLOP/s")
-    end, rows, facts = time.monotonic() + seconds, [], provenance(device)
-    for row, functions, leaf_sets, constant_sets, need in cases(op, device, quick):
-        for backend, function in functions.items():
-            if time.monotonic() > end:
-                print(f"out of time: {row['op']} {row['shape']} {backend} is left out")
-                continue
+def correct(rows, device, quick):
+    """Exits with 1 if anything is wrong."""
+    wrong = False
+    for what, error, tolerance in check(device):
+        good = error < tolerance  # NaN is wrong too
+        rows(what=what, error=error, tolerance=tolerance, ok=good)
+        wrong |= not good
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        tests = [str(ROOT / "tests" / name) for name in (GPU_TESTS[:1] if quick else GPU_TESTS)]
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
+        if not quick:
+            command += ["-k", "gpu or triton and not (interpreted or compiles or fuzz or keys)"]
+        subprocess.run(command, cwd=ROOT)
+        counts = {"passed": 0, "failed": 0, "skipped": 0}
+        for case in ElementTree.parse(report).iter("testcase"):
+            kinds = {part.tag for part in case}
+            kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            counts[kind] += 1
+            if kind == "failed":
+                rows(what=f"{case.get('classname')}::{case.get('name')}", ok=False)
+    rows(what="tests that need a GPU", **counts, ok=not counts["failed"])
+    sys.exit(int(wrong or counts["failed"] > 0))
+
+
+def floor(size, operations, ceiling):
+    bandwidth, rate = ceiling
+    return {"floor_ms": 1e3 * max(size / bandwidth, operations / rate),
+            "floor": "bytes" if size / bandwidth > operations / rate else "flops"}
+
+
+def splat_case(shape, sets):
+    """What a shape's rows begin with, its inputs, and bytes and operations of each pass."""
+    B, V, N, size = (SPLAT | TINY)[shape]
+    pairs = mean_pairs(sets[0], V, size)
+    live = (torch.cat([x[3] for x in sets]) > 0).float().mean().item()
+    gaussians, pixels = 4 * GAUSSIAN_FLOATS * B * N, 4 * PIXEL_FLOATS * B * V * size**2
+    need = {name: (gaussians + pixels if name == "forward" else 3 * gaussians + 2 * pixels,
+                   flops * pairs * B * V * size**2) for name, flops in PAIR_FLOPS.items()}
+    return {"op": "rasterize", "shape": shape, "B": B, "V": V, "N": N, "H": size, "W": size,
+            "dtype": "float32", "live": round(live, 3), "pairs_per_pixel": round(pairs, 2)}, need
+
+
+def time_splat(rows, device, quick):
+    ceiling = ceilings(device)
+    for shape, (B, V, N, size) in (TINY if quick else SPLAT).items():
+        sets = [scene(B, V, N, device, seed) for seed in range(2)]
+        views, (row, need) = make_views(B, V, size, device), splat_case(shape, sets)
+        for backend, function in splat_backends(device).items():
             try:
-                ready = [passes(function, *sets) for sets in zip(constant_sets, leaf_sets, strict=True)]
-                timed = {}
-                for name in need:
-                    calls = [each[name] for each in ready]
-                    if backend.endswith("graph"):
-                        calls = [captured(call) for call in calls]
-                    timed[name] = measure(calls, device, 0.3 if quick else 1.5)
+                ready = [passes(lambda *x, f=function: f(x[:5], *x[5:]), (views, size), x) for x in sets]
+                for name, cost_of_pass in need.items():
+                    timed = measure([each[name] for each in ready], device, 0.1 if quick else 0.25)
+                    rows(**row, backend=backend, **{"pass": name}, **timed, **floor(*cost_of_pass, ceiling))
+                if device.type == "cuda" and backend in ("triton", "triton, picture", "gsplat"):
+                    rows(op="kernels", shape=shape, backend=backend,
+                         us=by_kernel(ready[0]["forward+backward"]))
             except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
-                # out of memory, or a rival that is not built for this machine
-                timed = {name: {"error": str(error).splitlines()[0]} for name in need}
-            for name, (size, operations) in need.items():
-                floor = 1e3 * max(size / bandwidth, operations / rate)
-                limit = "bytes" if size / bandwidth > operations / rate else "flops"
-                rows.append({**row, "backend": backend, "pass": name, **timed[name], "floor_ms": floor,
-                             "floor": limit, **facts})
-    return rows
+                rows.failed(error, **row, backend=backend)
+
+
+# Variants of splat.py: constants that are changed.
+VARIANTS = {f"tile {tile}, {warps} warps": {"GPU_TILE": tile, "WARPS": warps}
+            for tile, warps in ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (16, 8))}
+VARIANTS |= {f"batch {batch}": {"BATCH": batch} for batch in (4, 8, 32, 64)}
+VARIANTS |= {f"lanes {block}, {warps} warps": {"LANES": {"BLOCK": block, "num_warps": warps}} for block, warps
+             in ((64, 1), (64, 2), (128, 2), (128, 8), (256, 2), (256, 4), (256, 8), (512, 8))}
+VARIANTS["16 x 16, batch 64"] = {"GPU_TILE": 16, "WARPS": 8, "BATCH": 64}
+
+
+def variant(name):
+    """A second copy of kernels/splat.py with a variant's constants."""
+    spec = importlib.util.spec_from_file_location(f"splat_{list(VARIANTS).index(name)}", splat.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    change = dict(VARIANTS[name])
+    module.LANES = module.LANES | change.pop("LANES", {})
+    for constant, value in change.items():
+        setattr(module, constant, value)
+    module.COMPOSITE = module.COMPOSITE | {"TILE": module.GPU_TILE, "WARPS": module.WARPS,
+                                           "num_warps": module.WARPS}
+    return module
+
+
+def warm(names, device):
+    """Compile variants into Triton's cache: several such processes run beside `correct`."""
+    for name in names:
+        module = variant(name)
+        for size in (64, 256):
+            leaves = [x.requires_grad_() for x in scene(1, 4, 4096, device, 0)]
+            outputs = ours(leaves, make_views(1, 4, size, device), size, module)
+            torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+
+
+def sweep(rows, device, quick):
+    for shape in TINY if quick else ("diffsplat", "embedded", "diffsplat-512", "gaussiancube"):
+        B, V, N, size = (SPLAT | TINY)[shape]
+        leaves, views = scene(B, V, N, device, 0), make_views(B, V, size, device)
+        for name in list(VARIANTS)[:1] if quick else VARIANTS:
+            try:
+                module = variant(name)
+                ready = passes(lambda *x: ours(x[:5], *x[5:], module), (views, size), leaves)  # noqa: B023
+                times = {key: measure([call], device, 0.05)["ms_p50"] for key, call in ready.items()}
+                rows(op="sweep", shape=shape, variant=name, **times)
+            except RuntimeError as error:
+                rows.failed(error, op="sweep", shape=shape, variant=name)
+
+
+def matching(rows, device, quick):
+    cuda, ceiling = device.type == "cuda", ceilings(device)
+    for shape in MATCHING if cuda and not quick else list(MATCHING)[:2]:
+        M, n = MATCHING[shape]
+        for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
+            sets = [matching_inputs(M, n, dtype, device, seed) for seed in range(2 if quick else 4)]
+            row = {"op": "gradient_matching", "shape": shape, "M": M, "n": n, "dtype": str(dtype)[6:]}
+            need = {"forward": 6 * M * n * dtype.itemsize, "forward+backward": 14 * M * n * dtype.itemsize}
+            for backend in ("triton", "torch", "triton, graph", "torch, graph") if cuda else ("torch",):
+                function = partial(gradient_matching, backend=backend.split(",")[0])
+                try:
+                    ready = [passes(function, (*latents[2:], 7.5, k, weight), latents[:2])
+                             for latents, k, weight in sets]
+                    for name, size in need.items():
+                        calls = [each[name] for each in ready]
+                        if backend.endswith("graph"):
+                            calls = [captured(call)[0] for call in calls]
+                        timed = measure(calls, device, 0.1 if quick else 0.3)
+                        rows(**row, backend=backend, **{"pass": name}, **timed, **floor(size, 0, ceiling))
+                except RuntimeError as error:
+                    rows.failed(error, **row, backend=backend)
+
+
+COST = {  # what is asked: options of `python r2d3.py cost`, seconds
+    "4 transitions": (["--batch-size", "2", "--updates-per-epoch", "1", "--fraction", "0.1"], 90),
+    "4 objects, --checkpoint": (["--batch-size", "4", "--checkpoint"], 120),
+    "as published": ([], 150),
+}
+PAPER = ["--base", "diffsplat-pixart", "--weights", "random"]
+FIRST = ["--reward", "aesthetic"]
+
+
+def r2d3(arguments, limit):
+    """(exit code or None for a limit that was reached, seconds, output) of `python r2d3.py`."""
+    begun = time.perf_counter()
+    child = subprocess.Popen([sys.executable, str(ROOT / "r2d3.py"), *arguments], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    try:
+        output, code = child.communicate(timeout=limit)[0], child.returncode
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, code = child.communicate()[0], None
+    return code, round(time.perf_counter() - begun, 1), output
+
+
+def cost(rows, device, quick):
+    for what, (options, limit) in list(COST.items())[: 1 if quick else None]:
+        arguments = ["cost", *([] if quick else PAPER), *options, "--device", str(device)]
+        code, seconds, output = r2d3(arguments, limit)
+        row = {"op": "cost", "what": what, "arguments": " ".join(arguments), "wall_s": seconds}
+        try:
+            rows(**row, **json.loads(output[output.index("\n{\n" if not output.startswith("{") else "{"):]))
+        except ValueError:
+            rows(**row, error=f"exit code {code}: {output[-1500:]}")
+
+
+def first(rows, device, quick):
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "run")
+        code, seconds, output = r2d3([*FIRST, "--out", str(out), "--device", str(device)], 150)
+        row = {"op": "first", "arguments": " ".join(FIRST), "wall_s": seconds}
+        try:
+            rows(**row, summary=json.loads((out / "summary.json").read_text(encoding="utf-8")))
+        except OSError:
+            rows(**row, error=f"exit code {code}: {output[-1500:]}")
+
+
+STEPS = {  # function; seconds it may take, seconds that must be left to begin it
+    "environment": (environment, 40, 5),
+    "correct": (correct, 120, 20),
+    "time": (time_splat, 140, 30),
+    "sweep": (sweep, 100, 30),
+    "matching": (matching, 50, 20),
+    "cost": (cost, 300, 60),
+    "first": (first, 160, 60),
+}
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def table(rows):
+    """Prints what was measured: operators first, then the sweep, the cost and the first command."""
+    timed = [r for r in rows if "ms_p50" in r]
     key = lambda r: (r["op"], r["shape"], r["dtype"], r["pass"])  # noqa: E731
-    eager = {key(r): r.get("ms_p50") for r in rows if r["backend"] == "torch"}
-    line = "{:18}{:17}{:9}{:22}{:17}{:>10}{:>10}{:>10}{:>9}{:>9}{:>9}{:>5}"
-    print(line.format("operator", "shape", "dtype", "backend", "pass", "ms p50", "p20", "p80", "x torch",
-                      "x floor", "peak MB", "reps"))
-    for r in rows:
-        names = (r["op"], r["shape"], r["dtype"], r["backend"], r["pass"])
-        if "error" in r:
-            print(*names, "failed:", r["error"])
-            continue
-        times = (f"{r[name]:.3f}" for name in ("ms_p50", "ms_p20", "ms_p80"))
+    eager = {key(r): r["ms_p50"] for r in timed if r["backend"] == "torch"}
+    line = "{:18}{:17}{:9}{:22}{:17}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}"
+    if timed:
+        print(line.format("operator", "shape", "dtype", "backend", "pass", "ms p50", "p20", "p80", "host ms",
+                          "x torch", "x floor", "peak MB"))
+    for r in timed:
+        times = (f"{r[name]:.3f}" for name in ("ms_p50", "ms_p20", "ms_p80", "host_ms"))
         speedup = f"{eager[key(r)] / r['ms_p50']:.2f}" if eager.get(key(r)) else "-"
-        print(line.format(*names, *times, speedup, f"{r['ms_p50'] / r['floor_ms']:.1f}", r["peak_mb"] or "-",
-                          r["reps"]))
+        print(line.format(r["op"], r["shape"], r["dtype"], r["backend"], r["pass"], *times, speedup,
+                          f"{r['ms_p50'] / r['floor_ms']:.1f}", r["peak_mb"] or "-"))
+    for r in rows:
+        if r.get("op") == "sweep" and "forward" in r:
+            print(f"{r['shape']:18}{r['variant']:24}{r['forward']:9.3f}{r['forward+backward']:9.3f} ms")
+        if r.get("op") == "cost" and "seconds" in r:
+            seconds = ", ".join(f"{name} {value:.1f}" for name, value in r["seconds"].items())
+            print(f"cost, {r['what']}: {seconds} s; peak {r['peak_GB']:.1f} GB")
+        if r.get("op") == "first" and "summary" in r:
+            print(f"first command: {r['wall_s']} s")
+        if "error" in r and "ok" not in r:
+            names = (r[k] for k in ("op", "what", "shape", "backend", "variant") if k in r)
+            print("failed:", *names, r["error"])
+        if r.get("ok") is False:
+            print("WRONG:", r["what"], r.get("error", ""))
 
 
 def goals(rows):
     """Prints for each goal whether it is met, and by how much."""
     both = {(r["op"], r["shape"], r["dtype"], r["backend"]): r for r in rows
-            if r["pass"] == "forward+backward" and "error" not in r}
+            if r.get("pass") == "forward+backward" and "ms_p50" in r}
 
     def verdict(text, value, wanted, at_least=True):
         met = value is not None and (value >= wanted if at_least else value <= wanted)
@@ -433,32 +635,84 @@ def goals(rows):
     large = at("large", "triton")
     verdict("gradient_matching, large: our time / the bandwidth floor",
             large and large["ms_p50"] / large["floor_ms"], 1.3, at_least=False)
+    peak = [r["peak_GB"] for r in rows if "checkpoint" in r.get("what", "") and "peak_GB" in r]
+    verdict("the paper's base, 4 objects with --checkpoint: peak GB", peak[-1] if peak else None, 24,
+            at_least=False)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", choices=("splat", "matching", "all"), default="all", help="what to measure")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cuda or cpu")
-    parser.add_argument("--out", help="append one JSON row a line to this file; left out: only print")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
+    parser.add_argument("--out", help="file that rows are appended to; by default experiments/results/"
+                        "kernels.jsonl for a GPU, a temporary file for a CPU")
+    parser.add_argument("--budget", type=float, default=530, help="seconds for everything (default: 530)")
+    parser.add_argument("--quick", action="store_true", help="tiny: does the command work at all?")
+    parser.add_argument("--step", choices=(*STEPS, "warm"), help=argparse.SUPPRESS)  # in a child
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if options.step == "warm":
+        return warm(options.variants, device)
+    if options.step:
+        command = os.environ.get("KERNELS_BENCH_COMMAND", "")
+        rows = Rows(options.out, options.step, device, options.run, command)
+        return STEPS[options.step][0](rows, device, options.quick)
+
+    begun, run = time.monotonic(), datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = options.out or (str(ROOT / "experiments/results/kernels.jsonl") if device.type == "cuda" else
+                          str(Path(tempfile.mkdtemp(), "kernels.jsonl")))
+    print(f"rows go to {out}", flush=True)
+    environ = {**os.environ, "KERNELS_BENCH_COMMAND": " ".join(["python -m kernels.bench", *sys.argv[1:]])}
+    child = [sys.executable, "-m", "kernels.bench", "--device", options.device, "--out", out, "--run", run,
+             *(["--quick"] if options.quick else [])]
+    steps = [step for step in STEPS if not options.only or step in options.only]
+    helpers = []
+    if device.type == "cuda" and "sweep" in steps and not options.quick:
+        helpers = [subprocess.Popen([*child, "--step", "warm", "--variants", *list(VARIANTS)[n::8]], cwd=ROOT,
+                                    env=environ) for n in range(8)]
     wrong = False
-    for what, error, tolerance in check(device):
-        wrong |= not error < tolerance  # NaN is wrong too
-        print(f"{'ok' if error < tolerance else 'WRONG':6} {what}: {error:.2e}")
-    if wrong:
-        sys.exit("results differ, so nothing is timed")
-    rows = run(options.op, device, options.quick, 60 if options.quick else 400)
-    table(rows)
+    for step in steps:
+        _, limit, least = STEPS[step]
+        left = options.budget - (time.monotonic() - begun)
+        if left < least:
+            print(f"---- {step}: left out, {left:.0f} seconds are not enough", flush=True)
+            continue
+        print(f"---- {step}", flush=True)
+        if step not in ("environment", "correct"):  # nothing else may run while the clock does
+            for helper in helpers:
+                try:
+                    helper.wait(60)
+                except subprocess.TimeoutExpired:
+                    helper.kill()
+            helpers = []
+        process = subprocess.Popen([*child, "--step", step], cwd=ROOT, env=environ)
+        try:
+            code = process.wait(min(limit, left))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+            print(f"---- {step}: stopped after {min(limit, left):.0f} seconds; its rows so far are kept")
+        if step == "correct" and code:
+            wrong = True
+            print("---- results differ, so nothing is timed")
+            break
+    for helper in helpers:
+        helper.kill()
+    found = []
+    if Path(out).is_file():
+        found = [json.loads(line) for line in Path(out).read_text(encoding="utf-8").splitlines()]
+    found = [row for row in found if row.get("run") == run]
+    table(found)
     if device.type == "cpu":
         print("CPU times are good for ratios in this table only: machine and load decide the rest")
-    else:
-        goals(rows)
-    if options.out:
-        with open(options.out, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    goals(found)
+    sys.exit(int(wrong))
 
 
 if __name__ == "__main__":

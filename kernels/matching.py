@@ -38,10 +38,12 @@ Contract: M samples of any shape, n elements each; every tensor on one device
     takes the PyTorch path, which then computes and returns float64. A gradient in fp16 overflows where k^2
     is large, unless the caller scales the loss. A constant that requires a gradient raises: a silent zero
     would be worse. The Triton path copies inputs that are not contiguous, uses no atomics and is
-    bit-identical from run to run; it cannot be differentiated twice.
+    bit-identical from run to run. It can be captured in a CUDA graph; torch.compile goes around it. Its
+    second derivatives raise; the PyTorch path's are autograd's.
 """
+import numbers
+
 import torch
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -156,26 +158,47 @@ if triton is not None:
             tl.store(G_t_ptr + base + lane, G_t.to(G_t_ptr.dtype.element_ty), mask=mask)
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are. To differentiate them raises: nothing would be found, and taken for zero."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("gradient_matching: its gradients cannot be differentiated again by backend "
+                           "'triton': use backend='torch'")
+
+
 class _GradientMatching(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, t, ur, tr, old, g, s, k, weight):
+    def forward(ctx, u, t, ur, tr, old, g, s, k, weight):  # contiguous; s is a tensor or a float
         M, n = t.shape[0], t.numel() // t.shape[0]
-        u, t, ur, tr, old, g, k, weight = (
-            None if x is None else x.contiguous() for x in (u, t, ur, tr, old, g, k, weight))
-        s = s.contiguous() if torch.is_tensor(s) else float(s)
         ctx.save_for_backward(u, t, ur, tr, old, g, k, weight, s if torch.is_tensor(s) else None)
         ctx.s, ctx.n, ctx.blocks = s if not torch.is_tensor(s) else None, n, triton.cdiv(n, BLOCK)
-        match, reg = t.new_empty((2, M, ctx.blocks), dtype=torch.float32)
+        means = t.new_empty((2, M, ctx.blocks), dtype=torch.float32)
         with torch.cuda.device_of(t):
             _forward_kernel[(M * ctx.blocks,)](
                 t if u is None else u, t, tr if ur is None else ur, tr, old, g, s, k, weight,
-                match, reg, n, ctx.blocks,
+                *means, n, ctx.blocks,
                 HAS_UNCOND=u is not None, S_TENSOR=torch.is_tensor(s), **LAUNCH)
-        return match.sum(1), reg.sum(1)
+        match, reg = means.sum(2)  # one launch for both
+        return match, reg
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, G_match, G_reg):
+        with torch.no_grad():
+            wanted = _GradientMatching.differentiate(ctx, G_match, G_reg)
+        found = [G for G in wanted if G is not None]
+        if torch.is_grad_enabled():
+            sources = [x for x in ctx.saved_tensors[:2] if x is not None]
+            found = _Once.apply(len(found), *found, *sources, G_match, G_reg)
+        found = iter(found)
+        return *(None if G is None else next(found) for G in wanted), *7 * (None,)
+
+    @staticmethod
+    def differentiate(ctx, G_match, G_reg):
         u, t, ur, tr, old, g, k, weight, s = ctx.saved_tensors
         G_u = torch.empty_like(u) if ctx.needs_input_grad[0] else None
         G_t = torch.empty_like(t) if ctx.needs_input_grad[1] else None
@@ -186,7 +209,7 @@ class _GradientMatching(torch.autograd.Function):
                 t if G_u is None else G_u, t if G_t is None else G_t, ctx.n, ctx.blocks,
                 HAS_UNCOND=u is not None, S_TENSOR=s is not None,
                 WANT_U=G_u is not None, WANT_T=G_t is not None, **LAUNCH)
-        return G_u, G_t, None, None, None, None, None, None, None
+        return G_u, G_t
 
 
 # ---- the public function -----------------------------------------------------------------------------------
@@ -205,9 +228,15 @@ def gradient_matching(
     *,
     backend=None,  # "torch" | "triton" | None: triton for tensors on a GPU, torch otherwise
 ):
-    """Per-sample match (E4) and reg (E5), each (M,); differentiable in eps_uncond and eps_text."""
+    """Per-sample match (E4) and reg (E5), each (M,); differentiable in eps_uncond and eps_text.
+
+    ValueError: a shape, dtype, device, guidance or backend that does not fit; a constant that wants a
+    gradient.
+    """
     if (eps_uncond is None) != (ref_uncond is None):
         raise ValueError("eps_uncond and ref_uncond: wanted two tensors or two None, got one of each")
+    if not torch.is_tensor(guidance) and not isinstance(guidance, numbers.Real):
+        raise ValueError(f"guidance: wanted a number or a tensor (M,), got {guidance!r}")
     if eps_uncond is None and (torch.is_tensor(guidance) or guidance != 1):
         raise ValueError(f"guidance: wanted the number 1 where eps_uncond is None, got {guidance}")
     if not torch.is_tensor(eps_text) or eps_text.numel() == 0 or eps_text.ndim == 0:
@@ -241,4 +270,9 @@ def gradient_matching(
         raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 in the environment")
     if double:
         raise ValueError("backend 'triton' computes in float32, got float64 tensors (use backend='torch')")
-    return _GradientMatching.apply(*arguments)
+    apply = _GradientMatching.apply
+    if torch.compiler.is_compiling():
+        apply = torch.compiler.disable(apply)
+    latents = [None if x is None else x.contiguous() for x in latents.values()]
+    guidance = guidance.contiguous() if torch.is_tensor(guidance) else float(guidance)
+    return apply(*latents, guidance, k.contiguous(), weight.contiguous())

@@ -14,9 +14,10 @@ Mathematics. Camera axes: x right, y down, z forward. One Gaussian in one view:
     C = J S J^T                             no dilation. det C = |J0 M x J1 M|^2 with M = A diag(s) is exact
     o = opacity sqrt(det C / (det C + 1e-6) + 1e-6)                   dropped if det C <= 1e-6 (as published)
     raw_i = o exp(-d_i^T C^-1 d_i / 2)      d_i = xy - pixel_i; a pixel's centre is at (column, row)
-          = exp(log o - h dy^2 - (a dx - r dy)^2)
-                                            h = 1 / 2 C_yy,  a^2 = C_yy / 2 det C,  r = a C_xy / C_yy
-    alpha_i = min(raw_i, 0.99)              0 below 1/255: outside a box of half sides sqrt(2 ln(255 o) C_xx)
+          = exp(log o - h dy^2 - e^2)       e = a (dx - k dy)
+                                            h = 1 / 2 C_yy,  a^2 = C_yy / 2 det C,  k = C_xy / C_yy
+    alpha_i = min(raw_i, 0.99)              0 where raw_i is below 1/255, so outside a box of half sides
+                                            sqrt(2 ln(255 o) C_xx), sqrt(2 ln(255 o) C_yy)
     m = S^-1 (u, v, 1) up to a factor       = cof(A) diag(s_min / s)^2 cof(A)^T (u, v, 1): flat Gaussians too
     q = m / max(m . (u, v, 1), 1e-7 |m|)
     p = tz sqrt(nl) ((q_x - u/nl) / fx, (q_y - v/nl) / fy)            nl = 1 + u^2 + v^2
@@ -37,24 +38,34 @@ Backward. With g = dL/dout (per pixel), v_k = g . f_k and the suffix sum R_k = g
     dL/dalpha_k = T_k v_k - R_k / (1 - alpha_k)
     dL/dlog raw_k = raw_k dL/dalpha_k       the clamp at 0.99 lets the gradient through, as published
 
-and log raw is a polynomial of dx, dy, so that six moments over a tile's pixels (sums of g, g dx, g dy,
-g dx dx, g dx dy, g dy dy; g = dL/dlog raw) give the gradients of a, r, h, xy, log o. Nothing per pixel and
+and log raw is a polynomial of e, dy, so that six moments over a tile's pixels (sums of g, g e, g dy, g e e,
+g e dy, g dy dy; g = dL/dlog raw) give the gradients of a, k, h, xy, log o. Powers of e and not of dx: of a
+Gaussian much thinner than a pixel the sums of g dx dx, g dx dy, g dy dy nearly cancel. Nothing per pixel and
 Gaussian is stored: the backward pass goes through the lists once more, front to back.
 
 Contract: B objects of N Gaussians, V views, everything on one device
 
-    float32; in the PyTorch path float64 too. Differentiable in means, quats, scales, opacities and colors.
+    float32; in the PyTorch path float64 too; other dtypes raise. Under autocast the same is computed.
+    Differentiable once in means, quats, scales, opacities and colors: second derivatives raise.
+    A Gaussian with a number that is not finite, or too large for its projection to be finite, is dropped, and
+    so is all that a camera sees that is not finite or has fx or fy <= 0: gradients are zero, the picture is
+    the background, and nothing else changes by a bit.
     The Triton path raises where a constant (c2w, fxfycxcy, background) wants a gradient, copies what is not
-    contiguous, makes the host wait once (for the number of pairs of a Gaussian and a tile), and cannot be
-    differentiated twice. Its pictures have the same bits every time. Its gradients are added up by atomics in
-    any order, unless deterministic=True: then the sums of each pair are stored, 64 bytes, and added up in the
-    order of the tiles. On a CPU gradients have the same bits every time.
+    contiguous, and makes the host wait once (for the number of pairs of a Gaussian and a tile): it cannot be
+    captured in a CUDA graph, and torch.compile goes around it. Its pictures have the same bits every time.
+    Its gradients are added up by atomics in any order, unless deterministic=True: then the sums of each pair
+    are stored, 64 bytes, and added up in the order of the tiles. On a CPU gradients have the same bits every
+    time.
+    Gradients of flat Gaussians in float32: any s_min / s_max. Seen edge-on they are differences of large
+    numbers (1e-4 of the largest where s_min / s_max is below 1e-3).
 
 Differences from the published CUDA: the exact support box instead of 3 standard deviations rounded up to
 whole tiles; ln at pixel centres (published: half a pixel off); the median's gradient reaches all of its
-Gaussian's t.
+Gaussian's t; flat Gaussians have the normal and plane of the formula above, not those of the inverse of rank
+one that the published code takes where the least eigenvalue of S is below 1e-8.
 """
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -85,9 +96,9 @@ class Render(NamedTuple):
 
 # ---- PyTorch: the CPU path, and the specification of the kernels -------------------------------------------
 
-TILE = 8  # pixels along a tile's side
+TILE = 4  # pixels along a tile's side: splats are a few pixels wide
 CHUNK = 16  # Gaussians composited at once
-GROUP = 512  # tiles worked on at once: their temporaries fit into a core's cache
+GROUP = 2048  # tiles worked on at once: their temporaries fit into a core's cache
 CHANNELS = 10  # red green blue, 1, t at the tile's centre, p_x, p_y, normal
 
 
@@ -100,31 +111,35 @@ def _rotation(q):
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
 
 
-def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
-    """The splats that a view can see: [L, 6] = x, y, a, r, h, log o; features [L, 10]; box; view.
+def _splats(gaussians, cameras, which, row, H, W):
+    """Gaussian which[i] (of [B N, 14]) in view row[i] (of [B V, 16]): splat [L, 6] = x, y, a, k, h, log o;
+    features [L, 10]; t_z, C_xx [L].
 
-    Everything that depends on a Gaussian alone is computed once, then gathered for each view that sees it.
+    Everything that depends on a Gaussian alone is computed once, then gathered for each of its views. Nothing
+    else is touched: a number that is not finite elsewhere reaches no gradient, not even as 0 x NaN.
     """
-    B, N = means.shape[:2]
-    V = c2w.shape[1]
-    rotation, origin = c2w[..., :3, :3], c2w[..., :3, 3]
-    with torch.no_grad():
-        z = torch.einsum("bvi,bvni->bvn", rotation[..., 2], means[:, None] - origin[:, :, None])
-        b, view, n = ((z > NEAR) & (opacities > ALPHA_MIN)[:, None]).nonzero(as_tuple=True)
+    used = torch.zeros(len(gaussians), dtype=torch.bool, device=gaussians.device).index_fill(0, which, True)
+    which = (used.cumsum(0) - 1)[which]
+    own = gaussians.index_select(0, used.nonzero()[:, 0])
+    world, quats, scales, opacity, color = own.split([3, 4, 3, 1, 3], -1)
     A = _rotation(quats)
     cof = torch.stack([torch.linalg.cross(A[..., (k + 1) % 3], A[..., (k + 2) % 3]) for k in range(3)], -1)
     s = scales.clamp(min=1e-12)
-    shape = (cof * (s.detach().amin(-1, keepdim=True) / s)[..., None, :] ** 2) @ cof.mT  # S^-1 up to a factor
+    # The factor of m is free, so s_min is no constant here and the thinnest axis has D = 1: its gradient
+    # comes by way of the others. Its own would be a small difference of numbers (s / s_min)^2 times larger.
+    thinnest = s.argmin(-1, keepdim=True)
+    D = ((s.gather(-1, thinnest) / s) ** 2).scatter(-1, thinnest, 1.0)
+    shape = (cof * D[..., None, :]) @ cof.mT  # S^-1 up to a factor
     M = A * scales[..., None, :]
-    own = torch.cat([means, M.flatten(-2), shape.flatten(-2), opacities[..., None], colors], -1)
-    own = own.flatten(0, 1).index_select(0, b * N + n)
+    own = torch.cat([world, M.flatten(-2), shape.flatten(-2), opacity, color], -1).index_select(0, which)
     world, M, shape, opacity, color = own.split([3, 9, 9, 1, 3], -1)
 
-    row = b * V + view
-    to_camera = rotation.flatten(0, 1).mT[row]  # [L, 3, 3]
-    t = (to_camera @ (world - origin.flatten(0, 1)[row])[..., None])[..., 0]
+    c2w, fxfycxcy = cameras.index_select(0, row).split([12, 4], -1)
+    c2w = c2w.unflatten(-1, (3, 4))
+    to_camera = c2w[..., :3].mT  # [L, 3, 3]
+    t = (to_camera @ (world - c2w[..., 3])[..., None])[..., 0]
     M = to_camera @ M.unflatten(-1, (3, 3))
-    fx, fy, cx, cy = (fxfycxcy.flatten(0, 1)[row] * fxfycxcy.new_tensor([W, H, W, H])).unbind(-1)
+    fx, fy, cx, cy = (fxfycxcy * fxfycxcy.new_tensor([W, H, W, H])).unbind(-1)
     tx, ty, tz = t.unbind(-1)
     x, y = fx * tx / tz + cx - 0.5, fy * ty / tz + cy - 0.5
     limit_u, limit_v = FOV_MARGIN * W / 2 / fx, FOV_MARGIN * H / 2 / fy
@@ -133,21 +148,9 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
     JM1 = (fy / tz)[:, None] * (M[:, 1] - v[:, None] * M[:, 2])
     C_xx, C_xy, C_yy = (JM0 * JM0).sum(-1), (JM0 * JM1).sum(-1), (JM1 * JM1).sum(-1)
     det = torch.linalg.cross(JM0, JM1).square().sum(-1)
+    det = torch.where(det > VANISHING, det, torch.nan)  # log o becomes NaN: dropped
     o = opacity[:, 0] * (det / (det + VANISHING) + VANISHING).sqrt()
-
-    with torch.no_grad():
-        reach = 2 * (o / ALPHA_MIN).log()  # below 0, then NaN, then not live, where o < 1/255
-        half_x, half_y = (reach * C_xx).sqrt(), (reach * C_yy).sqrt()
-        box = torch.stack([(x - half_x).ceil().clamp(min=0), (x + half_x).floor().clamp(max=W - 1),
-                           (y - half_y).ceil().clamp(min=0), (y + half_y).floor().clamp(max=H - 1)], -1)
-        live = ((box[:, 0] <= box[:, 1]) & (box[:, 2] <= box[:, 3]) & (det > VANISHING)).nonzero()[:, 0]
-        live = live[tz[live].argsort(stable=True)]  # front to back
-        box, row = box[live].long(), row[live]
-    keep = [vector.index_select(0, live) for vector in (x, y, u, v, fx, fy, tz, C_xy, C_yy, det, o)]
-    x, y, u, v, fx, fy, tz, C_xy, C_yy, det, o = keep
-    t, shape, to_camera = t.index_select(0, live), shape.index_select(0, live), to_camera[live]
-    a = (C_yy / (2 * det)).sqrt()
-    splat = torch.stack([x, y, a, a * C_xy / C_yy, 0.5 / C_yy, o.log()], -1)
+    splat = torch.stack([x, y, (C_yy / (2 * det)).sqrt(), C_xy / C_yy, 0.5 / C_yy, o.log()], -1)
 
     ray = torch.stack([u, v, torch.ones_like(u)], -1)
     m = (to_camera @ (shape.unflatten(-1, (3, 3)) @ (to_camera.mT @ ray[..., None])))[..., 0]
@@ -157,7 +160,36 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
     length = tz * nl.sqrt()
     p_x, p_y = length * (q[:, 0] - u / nl) / fx, length * (q[:, 1] - v / nl) / fy
     plane = torch.stack([torch.ones_like(u), t.norm(dim=-1), p_x, p_y], -1)
-    features = torch.cat([color.index_select(0, live), plane, -m / norm[:, None]], -1)
+    return splat, torch.cat([color, plane, -m / norm[:, None]], -1), tz, C_xx
+
+
+def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
+    """The splats that a view can see, front to back: splat [L, 6], features [L, 10], box [L, 4], view [L]."""
+    (B, N), V = means.shape[:2], c2w.shape[1]
+    gaussians = torch.cat([means, quats, scales, opacities[..., None], colors], -1).flatten(0, 1)
+    cameras = torch.cat([c2w[..., :3, :].flatten(2), fxfycxcy], -1).flatten(0, 1)
+    with torch.no_grad():
+        fine = gaussians.isfinite().all(-1).view(B, N)
+        sees = (cameras.isfinite().all(-1) & (cameras[:, 12:14] > 0).all(-1)).view(B, V)
+        z = torch.einsum("bvi,bvni->bvn", c2w[..., :3, 2], means[:, None] - c2w[:, :, None, :3, 3])
+        # o is at most 5e-7 above the opacity: what this lets through in vain is dropped below
+        fine &= opacities > 0.999 * ALPHA_MIN
+        b, view, n = ((z > NEAR) & fine[:, None] & sees[:, :, None]).nonzero(as_tuple=True)
+        which, row = b * N + n, b * V + view
+        splat, features, tz, C_xx = _splats(gaussians, cameras, which, row, H, W)
+        x, y, _, _, h, log_o = splat.unbind(-1)
+        reach = 2 * (log_o - math.log(ALPHA_MIN))  # where o is below 1/255 it is below 0, and the box NaN
+        half_x, half_y = (reach * C_xx).sqrt(), (reach * 0.5 / h).sqrt()
+        box = torch.stack([(x - half_x).ceil().clamp(min=0), (x + half_x).floor().clamp(max=W - 1),
+                           (y - half_y).ceil().clamp(min=0), (y + half_y).floor().clamp(max=H - 1)], -1)
+        finite = torch.cat([splat, features], -1).isfinite().all(-1)
+        live = (finite & (box[:, 0] <= box[:, 1]) & (box[:, 2] <= box[:, 3])).nonzero()[:, 0]
+        live = live[tz[live].argsort(stable=True)]
+        which, row, box = which[live], row[live], box[live].long()
+    if torch.is_grad_enabled() and (gaussians.requires_grad or cameras.requires_grad):
+        splat, features, _, _ = _splats(gaussians, cameras, which, row, H, W)
+    else:
+        splat, features = splat[live], features[live]
     return splat, features, box, row
 
 
@@ -195,30 +227,51 @@ def _chunks(lists, splat, features):
     device, tiles = splat.device, lists.tiles_x * lists.tiles_y
     offsets = torch.arange(TILE, device=device, dtype=splat.dtype) - (TILE - 1) / 2  # from the tile's centre
     lanes = torch.arange(CHUNK, device=device)
+    below = splat.new_tensor(ALPHA_MIN).nextafter(splat.new_zeros(())).item()  # ALPHA_MIN itself is kept
     for group in (lists.start[1:] > lists.start[:-1]).nonzero()[:, 0].split(GROUP):
         T, position, active = lists.live_pixels[group], lists.start[group], group
         while len(active):
             end = lists.start[active + 1]
             pair = position[:, None] + lanes  # [A, K]
             chosen = lists.splats[pair.clamp(max=len(lists.splats) - 1)]
-            x, y, a, r, h, log_o = splat[chosen].unbind(-1)  # [A, K] each
+            x, y, a, k, h, log_o = splat[chosen].unbind(-1)  # [A, K] each
             log_o = log_o.masked_fill(pair >= end[:, None], -math.inf)
             x = x - (active % lists.tiles_x * TILE)[:, None] - (TILE - 1) / 2  # from the tile's centre
             y = y - (active % tiles // lists.tiles_x * TILE)[:, None] - (TILE - 1) / 2
             dx, dy = x[:, None] - offsets[:, None], y[:, None] - offsets[:, None]  # [A, TILE, K]
-            e = (a[:, None] * dx)[:, None] - (r[:, None] * dy)[:, :, None]  # [A, TILE (y), TILE (x), K]
+            e = (a[:, None] * dx)[:, None] - ((a * k)[:, None] * dy)[:, :, None]  # [A, TILE (y), TILE (x), K]
             log_raw = torch.addcmul((log_o[:, None] - h[:, None] * dy * dy)[:, :, None], e, e, value=-1)
-            raw = F.threshold(log_raw.exp_().flatten(1, 2), ALPHA_MIN, 0.0)  # [A, pixels, K]
+            # exp takes thirty times as long where its result underflows, and this is most of a tile's pixels
+            raw = log_raw.clamp_(min=-20).exp_().flatten(1, 2)  # [A, pixels, K]
+            raw = F.threshold(raw, below, 0.0)  # keeps what is larger
             alpha = raw.clamp(max=ALPHA_MAX)
             after = T[:, :, None] * (1 - alpha).cumprod(-1)
             before = torch.cat([T[:, :, None], after[..., :-1]], -1)
             f = features[chosen]  # [A, K, 10]
             f[..., 4] += f[..., 5] * x + f[..., 6] * y
             weights = torch.where(after >= T_MIN, alpha * before, 0.0)
-            yield active, chosen, (x, y, a, r, h), f, raw, alpha, before, weights
+            yield active, chosen, (x, y, a, k, h), (dy, e), f, raw, alpha, before, weights
             T, position = after[..., -1], position + CHUNK
             more = ((T >= T_MIN).any(1) & (position < end)).nonzero()[:, 0]
             T, position, active = T[more], position[more], active[more]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are. To differentiate them raises: nothing would be found, and taken for zero."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("rasterize: its gradients cannot be differentiated again (second derivatives are "
+                           "not implemented): detach them, or leave create_graph out")
+
+
+def _once(gradients, *sources):
+    """Gradients that say no where somebody asks for theirs; `sources` is what they were computed from."""
+    return _Once.apply(len(gradients), *gradients, *sources) if torch.is_grad_enabled() else gradients
 
 
 class _Composite(torch.autograd.Function):
@@ -230,7 +283,7 @@ class _Composite(torch.autograd.Function):
         out = splat.new_zeros(tiles, TILE * TILE, CHANNELS)
         median = torch.full((tiles, TILE * TILE), -1, device=splat.device)
         numbers = torch.arange(1, CHUNK + 1, device=splat.device, dtype=torch.int8)
-        for active, chosen, _, f, _, _, before, weights in _chunks(lists, splat, features):
+        for active, chosen, _, _, f, _, _, before, weights in _chunks(lists, splat, features):
             out[active] += weights @ f
             near = (before[..., 0] > 0.5).any(1).nonzero()[:, 0]
             if len(near):
@@ -243,35 +296,34 @@ class _Composite(torch.autograd.Function):
         return out, median
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
         splat, features, out = ctx.saved_tensors
-        rest = (g * out).sum(-1, keepdim=True)  # [tiles, pixels, 1]: what lies behind, in units of the loss
-        grads = splat.new_zeros(len(splat), 6 + CHANNELS)
-        offset = torch.arange(TILE, device=g.device, dtype=g.dtype) - (TILE - 1) / 2
-        py, px = (axis.flatten() for axis in torch.meshgrid(offset, offset, indexing="ij"))
-        basis = torch.stack([torch.ones_like(px), px, py, px * px, px * py, py * py])  # [6, pixels]
-        for active, chosen, shape, f, raw, alpha, before, weights in _chunks(ctx.lists, splat, features):
-            x, y, a, r, h = shape
-            g_tile = g[active]
-            value = g_tile @ f.mT  # [A, pixels, K]
-            behind = rest[active] - (weights * value).cumsum(-1)
-            rest[active] = behind[..., -1:]
-            # a splat that was not blended (alpha 0, or behind the last one) gets nothing
-            g_raw = torch.where(weights > 0, raw * (before * value - behind / (1 - alpha)), 0.0)
-            one, sx, sy, sxx, sxy, syy = (basis @ g_raw).unbind(1)  # [A, K] each
-            gx, gy = x * one - sx, y * one - sy  # sums of g dx, g dy, g dx dx, ...
-            gxx, gyy = x * (x * one - 2 * sx) + sxx, y * (y * one - 2 * sy) + syy
-            gxy = x * y * one - x * sy - y * sx + sxy
-            ge = a * gx - r * gy
-            gf = weights.mT @ g_tile  # [A, K, 10]
-            gt, p = gf[..., 4:5], f[..., 5:7]
-            gf[..., 5:7] += gt * torch.stack([x, y], -1)
-            g_splat = torch.stack([-2 * a * ge, 2 * r * ge - 2 * h * gy, 2 * (r * gxy - a * gxx),
-                                   2 * (a * gxy - r * gyy), -gyy, one], -1)
-            g_splat[..., :2] += gt * p
-            grads.index_add_(0, chosen.flatten(), torch.cat([g_splat, gf], -1).flatten(0, 1))
-        return grads[:, :6], grads[:, 6:], None
+        with torch.no_grad():
+            rest = (g * out).sum(-1, keepdim=True)  # [tiles, pixels, 1]: what lies behind, in loss
+            grads = splat.new_zeros(len(splat), 6 + CHANNELS)
+            for active, chosen, shape, (dy, e), f, raw, alpha, before, weights in _chunks(
+                    ctx.lists, splat, features):
+                x, y, a, k, h = shape
+                g_tile = g[active]
+                value = g_tile @ f.mT  # [A, pixels, K]
+                behind = rest[active] - (weights * value).cumsum(-1)
+                rest[active] = behind[..., -1:]
+                # a splat that was not blended (alpha 0, or behind the last one) gets nothing
+                g_raw = torch.where(weights > 0, raw * (before * value - behind / (1 - alpha)), 0.0)
+                g_raw = g_raw.unflatten(1, (TILE, TILE))
+                ge = g_raw * e
+                see = (ge * e).sum((1, 2))
+                lines, ge = g_raw.sum(2), ge.sum(2)  # [A, TILE (y), K]
+                gy, se, sey = lines * dy, ge.sum(1), (ge * dy).sum(1)
+                gf = weights.mT @ g_tile  # [A, K, 10]
+                gt, p = gf[..., 4:5], f[..., 5:7]
+                gf[..., 5:7] += gt * torch.stack([x, y], -1)
+                g_y = 2 * (a * k * se - h * gy.sum(1))
+                g_splat = torch.stack([-2 * a * se, g_y, -2 * see / a, 2 * a * sey, -(gy * dy).sum(1),
+                                       lines.sum(1)], -1)
+                g_splat[..., :2] += gt * p
+                grads.index_add_(0, chosen.flatten(), torch.cat([g_splat, gf], -1).flatten(0, 1))
+        return *_once([grads[:, :6], grads[:, 6:]], splat, features, g), None
 
 
 def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background):
@@ -294,6 +346,7 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
     line = line[:, None]
     ray_x, ray_y = ((column + 0.5) / W - cx) / fx, ((line + 0.5) / H - cy) / fy
     ln = (ray_x ** 2 + ray_y ** 2 + 1).sqrt()
+    ln = torch.where(ln < math.inf, ln, 1.0)  # a camera that is not finite
     depth = torch.where(alpha > 0, t / (alpha.clamp(min=1e-12) * ln), 0.0)
 
     median = picture(median[..., None])  # (B, V, 1, H, W)
@@ -304,7 +357,7 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
         t = plane[:, 0] + (plane[:, 1:] * (xy - pixel)).sum(-1)
         median = torch.where(median >= 0, t.view(median.shape) / ln, 0.0)
     else:
-        median = torch.zeros_like(alpha)
+        median = 0 * alpha  # a zero that has a gradient, like the other pictures
     image = color + (1 - alpha) * background.view(3, 1, 1)
     return Render(image, alpha, depth, median, F.normalize(normal, dim=2, eps=1e-12))
 
@@ -337,6 +390,12 @@ if triton is not None:
     def _add(a, s, b):
         """a + s b"""
         return a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2]
+
+    @triton.jit
+    def _add_where(condition, a, s, b):
+        c = _add(a, s, b)
+        return (tl.where(condition, c[0], a[0]), tl.where(condition, c[1], a[1]),
+                tl.where(condition, c[2], a[2]))
 
     @triton.jit
     def _load3(ptr, mask):
@@ -410,55 +469,34 @@ if triton is not None:
         return tl.reshape(tl.join(a, b), [a.shape[0], 16])
 
     @triton.jit
-    def _project_kernel(
-        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
-        c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
-        record_ptr,  # [B V N, RECORD] out: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
-        distance_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
-        box_ptr,  # [B V N, 3] out: first column and row of tiles, columns
-        count_ptr,  # [B V N] int32 out: tiles
-        V, N, H, W,
-        TILE: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
-    ):
-        blocks = tl.cdiv(N, BLOCK)
-        view = tl.program_id(0) // blocks  # of all B V
-        n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-        mask = n < N
-        own = (view // V).to(tl.int64) * N + n
-        row = view.to(tl.int64) * N + n
+    def _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, own, mask, camera, H, W,
+             SURE: tl.constexpr):
+        """Gaussians `own` in a view: t_z, half the sides of the box, the record, whether they can be seen.
+
+        SURE: that is known already, and `mask` says it.
+        """
         mean, scales = _load3(means_ptr + own * 3, mask), _load3(scales_ptr + own * 3, mask)
         q = quats_ptr + own * 4
         qx, qy, qz = _load3(q + 1, mask)
         opacity = tl.load(opacities_ptr + own, mask, other=0.0)
-        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
         right, down, forward, origin, fx, fy, cx, cy = camera
 
         axes = _axes(tl.load(q, mask, other=1.0), qx, qy, qz)
         tx, ty, tz = _center(mean, camera)
-        seen = (tz > _NEAR) & (opacity > _ALPHA_MIN)
+        seen = mask
+        if not SURE:
+            seen = seen & (tz > _NEAR) & (tz * 0 + tl.minimum(fx, fy) > 0)
         tz = tl.where(seen, tz, 1.0)
         u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), axes, scales, camera, H, W)
         C_xx, C_xy, C_yy, det = _dot(ex, ex), _dot(ex, ey), _dot(ey, ey), _dot(c, c)
         o = opacity * tl.sqrt(det / (det + _VANISHING) + _VANISHING)
-        seen = seen & (det > _VANISHING) & (o > _ALPHA_MIN)
+        if not SURE:
+            seen = seen & (det > _VANISHING) & (o >= _ALPHA_MIN)
         det, C_yy, o = tl.where(seen, det, 1.0), tl.where(seen, C_yy, 1.0), tl.where(seen, o, 1.0)
 
         x, y = fx * tx / tz + cx - 0.5, fy * ty / tz + cy - 0.5
         reach = 2 * tl.log(o / _ALPHA_MIN)
         half_x, half_y = tl.sqrt(reach * C_xx), tl.sqrt(reach * C_yy)
-        x0 = tl.minimum(tl.maximum(tl.ceil(x - half_x), 0.0), W).to(tl.int32)
-        x1 = tl.minimum(tl.maximum(tl.floor(x + half_x), -1.0), W - 1).to(tl.int32)
-        y0 = tl.minimum(tl.maximum(tl.ceil(y - half_y), 0.0), H).to(tl.int32)
-        y1 = tl.minimum(tl.maximum(tl.floor(y + half_y), -1.0), H - 1).to(tl.int32)
-        seen = seen & (x0 <= x1) & (y0 <= y1)
-        x0, y0 = x0 // TILE, y0 // TILE
-        wide, high = x1 // TILE - x0 + 1, y1 // TILE - y0 + 1
-        tl.store(count_ptr + row, tl.where(seen, wide * high, 0), mask)
-        tl.store(distance_ptr + row, tl.where(seen, tz, float("inf")), mask)
-        tl.store(box_ptr + row * 3, x0, seen)
-        tl.store(box_ptr + row * 3 + 1, y0, seen)
-        tl.store(box_ptr + row * 3 + 2, wide, seen)
-
         s, D = _shrinking(scales)
         cof = _cross(axes[1], axes[2]), _cross(axes[2], axes[0]), _cross(axes[0], axes[1])
         z, m = _facing(_add(_add(forward, u, right), v, down), cof, D)
@@ -468,22 +506,85 @@ if triton is not None:
         nl = 1 + u * u + v * v
         length = tz * tl.sqrt(nl)
         a = tl.sqrt(C_yy / (2 * det))
+        r, h, log_o = a * C_xy / C_yy, 0.5 / C_yy, tl.log(o)
         t = tl.sqrt(tx * tx + ty * ty + tz * tz)
         p_x, p_y = length * (m[0] / along - u / nl) / fx, length * (m[1] / along - v / nl) / fy
+        n_x, n_y, n_z = -m[0] / norm, -m[1] / norm, -m[2] / norm
         red, green, blue = _load3(colors_ptr + own * 3, seen)
-        record = _pack(x, y, a, a * C_xy / C_yy, 0.5 / C_yy, tl.log(o), red, green, blue, t, p_x, p_y,
-                       -m[0] / norm, -m[1] / norm, -m[2] / norm, t)
-        tl.store(record_ptr + row[:, None] * RECORD + tl.arange(0, RECORD)[None, :], record, seen[:, None])
+        if not SURE:
+            # 0 x what is not finite is NaN, and that equals nothing
+            finite = half_x * 0 + half_y * 0 + x * 0 + y * 0 + a * 0 + r * 0 + h * 0 + log_o * 0
+            finite += red * 0 + green * 0 + blue * 0 + t * 0 + p_x * 0 + p_y * 0 + n_x * 0 + n_y * 0 + n_z * 0
+            seen = seen & (finite == 0)
+        return tz, half_x, half_y, (
+            x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z), seen
+
+    @triton.jit
+    def _project_kernel(
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
+        c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
+        distance_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
+        box_ptr,  # [B V N, 3] int32 out: first tile, tiles in a line, all tiles; 0 of them: unseen
+        totals_ptr,  # [2] int64: how many are seen, and all their tiles, are added
+        V, N, H, W, tiles_x, tiles_y,
+        TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        blocks = tl.cdiv(N, BLOCK)
+        view = tl.program_id(0) // blocks  # of all B V
+        n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+        mask = n < N
+        own, row = (view // V).to(tl.int64) * N + n, view.to(tl.int64) * N + n
+        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
+        tz, half_x, half_y, record, seen = _see(
+            means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, own, mask, camera, H, W, False)
+        x, y = tl.where(seen, record[0], 0.0), tl.where(seen, record[1], 0.0)
+        half_x, half_y = tl.where(seen, half_x, 0.0), tl.where(seen, half_y, 0.0)
+        x0 = tl.minimum(tl.maximum(tl.ceil(x - half_x), 0.0), W).to(tl.int32)
+        x1 = tl.minimum(tl.maximum(tl.floor(x + half_x), -1.0), W - 1).to(tl.int32)
+        y0 = tl.minimum(tl.maximum(tl.ceil(y - half_y), 0.0), H).to(tl.int32)
+        y1 = tl.minimum(tl.maximum(tl.floor(y + half_y), -1.0), H - 1).to(tl.int32)
+        seen = seen & (x0 <= x1) & (y0 <= y1)
+        x0, y0 = x0 // TILE, y0 // TILE
+        wide, high = x1 // TILE - x0 + 1, y1 // TILE - y0 + 1
+        count = tl.where(seen, wide * high, 0)
+        tl.store(distance_ptr + row, tl.where(seen, tz, float("inf")), mask)
+        tl.store(box_ptr + row * 3, view * tiles_x * tiles_y + y0 * tiles_x + x0, seen)
+        tl.store(box_ptr + row * 3 + 1, wide, seen)
+        tl.store(box_ptr + row * 3 + 2, count, mask)
+        tl.atomic_add(totals_ptr, tl.sum(seen.to(tl.int64)))
+        tl.atomic_add(totals_ptr + 1, tl.sum(count.to(tl.int64)))
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _record_kernel(
+        means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, c2w_ptr, fxfycxcy_ptr,  # as above
+        order_ptr,  # [rows] int64: of all B V N the ones that are seen, front to back
+        record_ptr,  # [rows, RECORD] out, in this order: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
+        rank_ptr,  # [B V N] int32 out: the place in this order; not written to for the others
+        V, N, H, W, rows,
+        RECORD: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = rank < rows
+        row = tl.load(order_ptr + rank, mask, other=0)
+        view = row // N
+        camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
+        _, _, _, record, _ = _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,
+                                  view // V * N + row % N, mask, camera, H, W, True)
+        x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z = record
+        tl.store(rank_ptr + row, rank, mask)
+        record = _pack(x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z, t)
+        place = rank.to(tl.int64)[:, None] * RECORD + tl.arange(0, RECORD)[None, :]
+        tl.store(record_ptr + place, record, mask[:, None])
 
     @triton.jit(do_not_specialize=["pairs", "rows", "steps"])
     def _expand_kernel(
-        order_ptr,  # [rows] int64: rows, front to back
+        order_ptr,  # as above
         end_ptr,  # [rows] int64: where the pairs of each of these end
-        box_ptr, count_ptr,  # as above
-        tile_ptr,  # [pairs] int16 or int32 out: the pair's tile
-        row_ptr,  # [pairs] int32 out: the pair's row
+        box_ptr,  # as above
+        tile_ptr,  # [pairs] int16 or int32 out: the pair's tile, counted from `least`
+        row_ptr,  # [pairs] int32 out: the pair's row of `record`
         pairs, rows, steps,  # 2^steps > rows
-        N, tiles_x, tiles, BLOCK: tl.constexpr,
+        tiles_x, least, BLOCK: tl.constexpr,
     ):
         pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = pair < pairs
@@ -495,13 +596,12 @@ if triton is not None:
             before = tl.load(end_ptr + middle) <= pair
             low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
             step += 1
-        row = tl.load(order_ptr + low)
-        place = (pair - tl.load(end_ptr + low) + tl.load(count_ptr + row)).to(tl.int32)
-        x0, y0, wide = _load3(box_ptr + row * 3, mask)
+        first, wide, count = _load3(box_ptr + tl.load(order_ptr + low) * 3, mask)
         wide = tl.maximum(wide, 1)
-        tile = (row // N).to(tl.int32) * tiles + (y0 + place // wide) * tiles_x + x0 + place % wide
+        place = (pair - tl.load(end_ptr + low)).to(tl.int32) + count
+        tile = first + place // wide * tiles_x + place % wide + least
         tl.store(tile_ptr + pair, tile.to(tile_ptr.dtype.element_ty), mask)
-        tl.store(row_ptr + pair, row.to(tl.int32), mask)
+        tl.store(row_ptr + pair, low, mask)
 
     @triton.jit
     def _pixels(fxfycxcy_ptr, H, W, tiles_x, tiles_y, TILE: tl.constexpr, WARPS: tl.constexpr):
@@ -516,6 +616,7 @@ if triton is not None:
         ray_x = ((column + 0.5) / W - tl.load(f + 2)) / tl.load(f)
         ray_y = ((line + 0.5) / H - tl.load(f + 3)) / tl.load(f + 1)
         ln = tl.sqrt(ray_x * ray_x + ray_y * ray_y + 1)
+        ln = tl.where(ln < float("inf"), ln, 1.0)  # a camera that is not finite
         return view.to(tl.int64), column, line, (column < W) & (line < H), ln
 
     @triton.jit
@@ -532,19 +633,19 @@ if triton is not None:
 
     @triton.jit
     def _blend(splat, column, line, T):
-        """dx, dy, raw, weight and the T behind, of one splat on a tile's pixels."""
+        """dx, dy, e, raw, weight, 1 - alpha and the T behind, of one splat on a tile's pixels."""
         dx, dy = splat[0] - column, splat[1] - line
         e = splat[2] * dx - splat[3] * dy
         raw = tl.exp(splat[5] - splat[4] * dy * dy - e * e)
-        raw = tl.where(raw > _ALPHA_MIN, raw, 0.0)
+        raw = tl.where(raw >= _ALPHA_MIN, raw, 0.0)
         alpha = tl.minimum(raw, _ALPHA_MAX)
         after = T * (1 - alpha)
-        return dx, dy, raw, tl.where(after >= _T_MIN, alpha * T, 0.0), 1 - alpha, after
+        return dx, dy, e, raw, tl.where(after >= _T_MIN, alpha * T, 0.0), 1 - alpha, after
 
     @triton.jit
     def _composite_kernel(
         record_ptr,  # [rows, RECORD]
-        row_ptr,  # [pairs] int32: the rows that reach a tile, front to back, tile by tile
+        row_ptr,  # [pairs] int32: the rows of `record` that reach a tile, front to back, tile by tile
         start_ptr,  # [tiles + 1] int32: where each tile's pairs begin
         fxfycxcy_ptr, background_ptr,  # (B, V, 4), (3,)
         image_ptr, alpha_ptr, depth_ptr, median_depth_ptr, normal_ptr,  # (B, V, ., H, W) out
@@ -572,7 +673,7 @@ if triton is not None:
                 while pair < pause:
                     following = _load_splat(record_ptr, row, RECORD)
                     row = tl.load(row_ptr + tl.minimum(pair + 2, end - 1))
-                    dx, dy, raw, w, keep, after = _blend(splat, px, py, T)
+                    dx, dy, e, raw, w, keep, after = _blend(splat, px, py, T)
                     t = splat[9] + splat[10] * dx + splat[11] * dy
                     red += w * splat[6]
                     green += w * splat[7]
@@ -610,9 +711,37 @@ if triton is not None:
         tl.store(median_ptr + one, median, inside)
 
     @triton.jit
-    def _put(sums, COLUMN: tl.constexpr, value):
-        """The sum over each warp's pixels, into one column of sums [WARPS, 32]: no warp waits for another."""
-        return tl.where(tl.arange(0, 32)[None, :] == COLUMN, tl.sum(tl.sum(value, 0), 1)[:, None], sums)
+    def _fold(a, b, lane, STEP: tl.constexpr):
+        """Lanes with bit STEP go on with b, the others with a, each with the other's share added."""
+        high = (lane & STEP) != 0
+        return tl.where(high, b, a) + tl.gather(tl.where(high, a, b), lane ^ STEP, 1)
+
+    @triton.jit
+    def _halve(a, lane, STEP: tl.constexpr):
+        return a + tl.gather(a, lane ^ STEP, 1)
+
+    @triton.jit
+    def _add_lanes(moments, colors, planes, normals, lane, GEOMETRY: tl.constexpr):
+        """Sums over each warp's lanes, of [WARPS, 32] each: the k-th ends in the lanes 2 k and 2 k + 1.
+
+        By halves: after 8 exchanges a lane has 8 sums to go on with, after 4 more 4, so 16 exchanges in all,
+        where 15 sums one after another take 75.
+        """
+        a, b, c, d, e, f = moments
+        g, h, i = colors
+        a = _fold(a, i, lane, 16)
+        if GEOMETRY:
+            j, k, l = planes
+            m, n, o = normals
+            b, c, d = _fold(b, j, lane, 16), _fold(c, k, lane, 16), _fold(d, l, lane, 16)
+            e, f, g = _fold(e, m, lane, 16), _fold(f, n, lane, 16), _fold(g, o, lane, 16)
+        else:  # columns that nobody reads
+            b, c, d = _halve(b, lane, 16), _halve(c, lane, 16), _halve(d, lane, 16)
+            e, f, g = _halve(e, lane, 16), _halve(f, lane, 16), _halve(g, lane, 16)
+        h = _halve(h, lane, 16)
+        a, b, c, d = _fold(a, e, lane, 8), _fold(b, f, lane, 8), _fold(c, g, lane, 8), _fold(d, h, lane, 8)
+        a, b = _fold(a, c, lane, 4), _fold(b, d, lane, 4)
+        return _halve(_fold(a, b, lane, 2), lane, 1)
 
     @triton.jit
     def _composite_backward_kernel(
@@ -666,45 +795,38 @@ if triton is not None:
                 gn1 = (gn1 - n1 * along) / norm
                 gn2 = (gn2 - n2 * along) / norm
 
-            lane = tl.arange(0, 32)
+            lane = tl.arange(0, 32)[None, :] + tl.zeros([WARPS, 32], tl.int32)
+            column_of, own = lane // 2, (lane % 2 == 0) & (lane < 2 * (15 if GEOMETRY else 9))
+            first = tl.arange(0, 32)[None, :] % 2 == 0
             row = tl.load(row_ptr + pair)
             splat = _load_splat(record_ptr, row, RECORD)
             next_row = tl.load(row_ptr + tl.minimum(pair + 1, stop - 1))
             while pair < stop:
                 following = _load_splat(record_ptr, next_row, RECORD)
                 last_row = tl.load(row_ptr + tl.minimum(pair + 2, stop - 1))
-                dx, dy, raw, w, keep, after = _blend(splat, px, py, T)
+                dx, dy, e, raw, w, keep, after = _blend(splat, px, py, T)
                 value = g0 * splat[6] + g1 * splat[7] + g2 * splat[8] + g_alpha
                 if GEOMETRY:
                     value += g_t * (splat[9] + splat[10] * dx + splat[11] * dy)
                     value += gn0 * splat[12] + gn1 * splat[13] + gn2 * splat[14]
                 rest -= w * value
                 g = tl.where(w > 0, raw * (T * value - rest / keep), 0.0)
-                gx, gy = g * dx, g * dy
-                sums = tl.zeros([WARPS, 32], tl.float32)
-                sums = _put(sums, 0, g)
-                sums = _put(sums, 1, gx)
-                sums = _put(sums, 2, gy)
-                sums = _put(sums, 3, gx * dx)
-                sums = _put(sums, 4, gx * dy)
-                sums = _put(sums, 5, gy * dy)
-                sums = _put(sums, 6, w * g0)
-                sums = _put(sums, 7, w * g1)
-                sums = _put(sums, 8, w * g2)
+                ge, gy = g * e, g * dy
+                moments = (tl.sum(g, 0), tl.sum(ge, 0), tl.sum(gy, 0), tl.sum(ge * e, 0), tl.sum(ge * dy, 0),
+                           tl.sum(gy * dy, 0))
+                colors = tl.sum(w * g0, 0), tl.sum(w * g1, 0), tl.sum(w * g2, 0)
+                planes, normals = colors, colors
                 if GEOMETRY:
                     wt = w * g_t + tl.where(median == pair, g_median, 0.0)
-                    sums = _put(sums, 9, wt)
-                    sums = _put(sums, 10, wt * dx)
-                    sums = _put(sums, 11, wt * dy)
-                    sums = _put(sums, 12, w * gn0)
-                    sums = _put(sums, 13, w * gn1)
-                    sums = _put(sums, 14, w * gn2)
+                    planes = tl.sum(wt, 0), tl.sum(wt * dx, 0), tl.sum(wt * dy, 0)
+                    normals = tl.sum(w * gn0, 0), tl.sum(w * gn1, 0), tl.sum(w * gn2, 0)
+                sums = _add_lanes(moments, colors, planes, normals, lane, GEOMETRY)
                 if DETERMINISTIC:
-                    slot = tl.load(slot_ptr + pair)
-                    tl.store(sums_ptr + slot * RECORD + lane, tl.sum(sums, 0), lane < RECORD)
+                    place = tl.load(slot_ptr + pair) * RECORD + column_of
+                    tl.store(sums_ptr + place, tl.sum(sums, 0)[None, :], first)
                 else:
-                    place = row.to(tl.int64) * RECORD + lane[None, :] + tl.zeros([WARPS, 32], tl.int32)
-                    tl.atomic_add(sums_ptr + place, sums, sums != 0, sem="relaxed")
+                    place = row.to(tl.int64) * RECORD + column_of
+                    tl.atomic_add(sums_ptr + place, sums, own & (sums != 0), sem="relaxed")
                 T = after
                 splat = following
                 row, next_row = next_row, last_row
@@ -712,16 +834,16 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows"])
     def _add_pairs_kernel(
-        order_ptr, end_ptr, count_ptr,  # as above
+        end_ptr,  # as above
         pair_sums_ptr,  # [pairs, RECORD]: the sums of each tile, in the order before the sort by tiles
-        sums_ptr,  # [rows, RECORD] out, written where count > 0
+        sums_ptr,  # [rows, RECORD] out
         rows, ROWS: tl.constexpr, RECORD: tl.constexpr,
     ):
         """Deterministic: each row's tiles in a fixed order."""
-        rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        row = tl.load(order_ptr + rank, rank < rows, other=0)
-        count = tl.load(count_ptr + row, rank < rows, other=0)
-        start = tl.load(end_ptr + rank, rank < rows, other=0) - count
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        mask = row < rows
+        start = tl.load(end_ptr + row - 1, mask & (row > 0), other=0)
+        count = tl.where(mask, tl.load(end_ptr + row, mask, other=0) - start, 0)
         lane = tl.arange(0, RECORD)[None, :]
         total = tl.zeros([ROWS, RECORD], tl.float32)
         most = tl.max(count)
@@ -730,13 +852,14 @@ if triton is not None:
             place = (start + step)[:, None] * RECORD + lane
             total += tl.load(pair_sums_ptr + place, (count > step)[:, None], other=0.0)
             step += 1
-        tl.store(sums_ptr + row[:, None] * RECORD + lane, total, (count > 0)[:, None])
+        tl.store(sums_ptr + row.to(tl.int64)[:, None] * RECORD + lane, total, mask[:, None])
 
     @triton.jit
     def _project_backward_kernel(
         means_ptr, quats_ptr, scales_ptr, opacities_ptr,  # as in _project_kernel
-        c2w_ptr, fxfycxcy_ptr, count_ptr,
-        sums_ptr,  # [B V N, RECORD]: sum of g, g dx, g dy, g dx dx, g dx dy, g dy dy with g = dL/dlog raw,
+        c2w_ptr, fxfycxcy_ptr,
+        rank_ptr,  # [B V N] int32: the row of sums, or -1
+        sums_ptr,  # [rows, RECORD]: sum of g, g e, g dy, g e e, g e dy, g dy dy with g = dL/dlog raw,
         #            then of w dL/dout_colour; of s, s dx, s dy with s = dL/dt; of w dL/dout_n; -
         g_means_ptr, g_quats_ptr, g_scales_ptr, g_opacities_ptr, g_colors_ptr,  # (B, N, .) out
         V, N, H, W,
@@ -761,35 +884,35 @@ if triton is not None:
         zeros = zero, zero, zero
         g_mean, g_scale, g_color, g_log_opacity = zeros, zeros, zeros, zero
         g_A0, g_A1, g_A2, g_cof0, g_cof1, g_cof2 = zeros, zeros, zeros, zeros, zeros, zeros
+        ever = mask & (n < 0)
         view, stop = b * V, b * V + V
         while view < stop:
             camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
             right, down, forward, origin, fx, fy, cx, cy = camera
             row = view.to(tl.int64) * N + n
-            seen = tl.load(count_ptr + row, mask, other=0) > 0
-            sums = sums_ptr + row * RECORD
-            one, sx, sy = _load3(sums, seen)
-            sxx, sxy, syy = _load3(sums + 3, seen)
+            rank = tl.load(rank_ptr + row, mask, other=-1)
+            seen = rank >= 0
+            sums = sums_ptr + rank.to(tl.int64) * RECORD
+            ever = ever | seen
+            one, se, sy = _load3(sums, seen)
+            see, sey, syy = _load3(sums + 3, seen)
             g_color = _add(g_color, 1.0, _load3(sums + 6, seen))
 
             tx, ty, tz = _center(mean, camera)
             tz = tl.where(seen, tz, 1.0)
             u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), A, scales, camera, H, W)
             C_xy, C_yy, det = _dot(ex, ey), tl.where(seen, _dot(ey, ey), 1.0), tl.where(seen, _dot(c, c), 1.0)
-            a = tl.sqrt(C_yy / (2 * det))
-            r, h = a * C_xy / C_yy, 0.5 / C_yy
+            a, k, h = tl.sqrt(C_yy / (2 * det)), C_xy / C_yy, 0.5 / C_yy
 
-            # log raw = log o - h dy^2 - (a dx - r dy)^2
-            ge = a * sx - r * sy
-            g_x, g_y = -2 * a * ge, 2 * r * ge - 2 * h * sy
-            g_a, g_r = 2 * (r * sxy - a * sxx), 2 * (a * sxy - r * syy)
+            # log raw = log o - h dy^2 - e^2,  e = a (dx - k dy)
+            g_x, g_y = -2 * a * se, 2 * (a * k * se - h * sy)
+            g_log_a, g_k = -2 * see, 2 * a * sey
             g_log_opacity += one
-            # r = a C_xy / C_yy,  a^2 = C_yy / 2 det,  h = 1 / 2 C_yy,  o^2 ~ det / (det + 1e-6) + 1e-6
-            g_a += g_r * C_xy / C_yy
-            g_C_xy = g_r * a / C_yy
-            g_C_yy = (0.5 * a * g_a - r * g_r + h * syy) / C_yy
+            # k = C_xy / C_yy,  a^2 = C_yy / 2 det,  h = 1 / 2 C_yy,  o^2 ~ det / (det + 1e-6) + 1e-6
+            g_C_xy = g_k / C_yy
+            g_C_yy = (0.5 * g_log_a - k * g_k + h * syy) / C_yy
             more = det + _VANISHING
-            g_det = -0.5 * a * g_a / det + 0.5 * one * _VANISHING / (more * (det + more * _VANISHING))
+            g_det = -0.5 * g_log_a / det + 0.5 * one * _VANISHING / (more * (det + more * _VANISHING))
             # C_xy = ex . ey,  C_yy = ey . ey,  det = |c|^2,  c = ex x ey
             across = _cross(ey, c)
             g_ex = 2 * g_det * across[0], 2 * g_det * across[1], 2 * g_det * across[2]
@@ -802,8 +925,10 @@ if triton is not None:
             g_s2 = g_ex[2] * _dot(jx, A[2]) + g_ey[2] * _dot(jy, A[2])
             x0, x1, x2 = g_ex[0] * scales[0], g_ex[1] * scales[1], g_ex[2] * scales[2]
             y0, y1, y2 = g_ey[0] * scales[0], g_ey[1] * scales[1], g_ey[2] * scales[2]
-            g_A0, g_A1, g_A2 = _add(g_A0, x0, jx), _add(g_A1, x1, jx), _add(g_A2, x2, jx)
-            g_A0, g_A1, g_A2 = _add(g_A0, y0, jy), _add(g_A1, y1, jy), _add(g_A2, y2, jy)
+            # Where nothing is seen all sums are zero, but 0 x infinity would not be.
+            g_A0 = _add_where(seen, _add_where(seen, g_A0, x0, jx), y0, jy)
+            g_A1 = _add_where(seen, _add_where(seen, g_A1, x1, jx), y1, jy)
+            g_A2 = _add_where(seen, _add_where(seen, g_A2, x2, jx), y2, jy)
             g_jx = _add(_add(_add(zeros, x0, A[0]), x1, A[1]), x2, A[2])
             g_jy = _add(_add(_add(zeros, y0, A[0]), y1, A[1]), y2, A[2])
             # jx = fx / tz (right - u forward)
@@ -849,14 +974,21 @@ if triton is not None:
                 g_m = _add(g_m, tl.where(ahead > bound, g_den, 0.0), ray)
                 g_m = _add(g_m, tl.where(ahead > bound, 0.0, 1e-7 * g_den), unit)
                 g_ray = _add(zeros, tl.where(ahead > bound, g_den, 0.0), m)
-                # m = sum_k D_k z_k cof_k,  z_k = cof_k . ray,  D_k = (s_min / s_k)^2 with a constant s_min
+                # m = sum_k D_k z_k cof_k,  z_k = cof_k . ray,  D_k = (s_min / s_k)^2. The factor of m is
+                # free: sum_k D_k z_k y_k = m . g_m = 0. So the thinnest axis gets what the others leave: its
+                # own y_k is a small difference of numbers 1 / D times larger.
                 y0, y1, y2 = _dot(cof[0], g_m), _dot(cof[1], g_m), _dot(cof[2], g_m)
-                g_s0 -= tl.where(scales[0] >= 1e-12, 2 * y0 * z[0] * D[0] / s[0], 0.0)
-                g_s1 -= tl.where(scales[1] >= 1e-12, 2 * y1 * z[1] * D[1] / s[1], 0.0)
-                g_s2 -= tl.where(scales[2] >= 1e-12, 2 * y2 * z[2] * D[2] / s[2], 0.0)
-                g_cof0 = _add(_add(g_cof0, D[0] * z[0], g_m), D[0] * y0, ray)
-                g_cof1 = _add(_add(g_cof1, D[1] * z[1], g_m), D[1] * y1, ray)
-                g_cof2 = _add(_add(g_cof2, D[2] * z[2], g_m), D[2] * y2, ray)
+                d0, d1, d2 = D[0] * z[0] * y0, D[1] * z[1] * y1, D[2] * z[2] * y2
+                first = (s[0] <= s[1]) & (s[0] <= s[2])
+                last = (s[2] < s[0]) & (s[2] < s[1])
+                d0, d1, d2 = (tl.where(first, -d1 - d2, d0), tl.where(first | last, d1, -d0 - d2),
+                              tl.where(last, -d0 - d1, d2))
+                g_s0 -= tl.where(scales[0] >= 1e-12, 2 * d0 / s[0], 0.0)
+                g_s1 -= tl.where(scales[1] >= 1e-12, 2 * d1 / s[1], 0.0)
+                g_s2 -= tl.where(scales[2] >= 1e-12, 2 * d2 / s[2], 0.0)
+                g_cof0 = _add_where(seen, _add_where(seen, g_cof0, D[0] * z[0], g_m), D[0] * y0, ray)
+                g_cof1 = _add_where(seen, _add_where(seen, g_cof1, D[1] * z[1], g_m), D[1] * y1, ray)
+                g_cof2 = _add_where(seen, _add_where(seen, g_cof2, D[2] * z[2], g_m), D[2] * y2, ray)
                 g_ray = _add(_add(_add(g_ray, D[0] * y0, cof[0]), D[1] * y1, cof[1]), D[2] * y2, cof[2])
                 g_u += _dot(right, g_ray)
                 g_v += _dot(down, g_ray)
@@ -867,8 +999,9 @@ if triton is not None:
             g_tx += g_u / tz
             g_ty += g_v / tz
             g_tz -= (g_u * tx + g_v * ty) / (tz * tz)
-            g_mean = _add(_add(_add(g_mean, g_tx, right), g_ty, down), g_tz, forward)
-            g_scale = g_scale[0] + g_s0, g_scale[1] + g_s1, g_scale[2] + g_s2
+            g_center = _add(_add(_add(zeros, g_tx, right), g_ty, down), g_tz, forward)
+            g_mean = _add_where(seen, g_mean, 1.0, g_center)
+            g_scale = _add_where(seen, g_scale, 1.0, (g_s0, g_s1, g_s2))
             view += 1
 
         if GEOMETRY:  # cof_0 = A_1 x A_2, ...
@@ -883,23 +1016,42 @@ if triton is not None:
         g_qx -= 2 * qx * (g_A1[1] + g_A2[2])
         g_qy -= 2 * qy * (g_A0[0] + g_A2[2])
         g_qz -= 2 * qz * (g_A0[0] + g_A1[1])
-        tl.store(g_quats_ptr + own * 4, 2 * g_qw, mask)
-        tl.store(g_quats_ptr + own * 4 + 1, 2 * g_qx, mask)
-        tl.store(g_quats_ptr + own * 4 + 2, 2 * g_qy, mask)
-        tl.store(g_quats_ptr + own * 4 + 3, 2 * g_qz, mask)
-        tl.store(g_opacities_ptr + own, g_log_opacity / tl.where(opacity > 0, opacity, 1.0), mask)
+        tl.store(g_quats_ptr + own * 4, tl.where(ever, 2 * g_qw, 0.0), mask)
+        tl.store(g_quats_ptr + own * 4 + 1, tl.where(ever, 2 * g_qx, 0.0), mask)
+        tl.store(g_quats_ptr + own * 4 + 2, tl.where(ever, 2 * g_qy, 0.0), mask)
+        tl.store(g_quats_ptr + own * 4 + 3, tl.where(ever, 2 * g_qz, 0.0), mask)
+        tl.store(g_opacities_ptr + own, tl.where(ever, g_log_opacity / opacity, 0.0), mask)
         for i in tl.static_range(3):
             tl.store(g_means_ptr + own * 3 + i, g_mean[i], mask)
             tl.store(g_scales_ptr + own * 3 + i, g_scale[i], mask)
             tl.store(g_colors_ptr + own * 3 + i, g_color[i], mask)
 
 
+def _tile_lists_triton(order, box, pairs, tiles_x, tiles):
+    """From `order` [rows], what is seen, front to back: row [pairs], the members of each tile's list, nearest
+    first, tile by tile; slot [pairs], where each was before the sort by tiles; start [tiles + 1] of each list;
+    end [rows], where the pairs of each row end in slot's order.
+    """
+    rows, new = len(order), dict(device=order.device)
+    end = box[:, 2][order].cumsum(0)
+    short = tiles <= 2**16  # then 16 bits carry a tile's number, counted from the least of them
+    least = -(2**15) if short else 0
+    tile = torch.empty(pairs, dtype=torch.int16 if short else torch.int32, **new)
+    row = torch.empty(pairs, dtype=torch.int32, **new)
+    if pairs:
+        _expand_kernel[(triton.cdiv(pairs, LANES["BLOCK"]),)](
+            order, end, box, tile, row, pairs, rows, rows.bit_length(), tiles_x, least, **LANES)
+    tile, slot = tile.sort(stable=True)  # after the sort by distance: two of short keys, not one of long keys
+    start = torch.full((tiles + 1,), pairs, dtype=torch.int32, **new)
+    keys = torch.arange(least, least + tiles, dtype=tile.dtype, **new)
+    torch.searchsorted(tile, keys, out_int32=True, out=start[:-1])
+    return row[slot], slot, start, end
+
+
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, colors, c2w, fxfycxcy, background, H, W, deterministic):
-        inputs = means, quats, scales, opacities, colors, c2w, fxfycxcy, background
-        inputs = [x.contiguous() for x in inputs]
-        means, quats, scales, opacities, colors, c2w, fxfycxcy, background = inputs
+        inputs = means, quats, scales, opacities, colors, c2w, fxfycxcy, background  # contiguous
         (B, V), N = c2w.shape[:2], means.shape[1]
         tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
         rows, tiles = B * V * N, B * V * tiles_x * tiles_y
@@ -907,28 +1059,22 @@ class _Rasterize(torch.autograd.Function):
             raise ValueError(f"rasterize: {rows} Gaussians, {tiles} tiles in all views: use a smaller batch")
         new = dict(device=means.device)
         with torch.cuda.device_of(means):
-            record, distance = torch.empty(rows, RECORD, **new), torch.empty(rows, **new)
-            box = torch.empty(rows, 3, dtype=torch.int32, **new)
-            count = torch.empty(rows, dtype=torch.int32, **new)
+            distance, box = torch.empty(rows, **new), torch.empty(rows, 3, dtype=torch.int32, **new)
+            totals = torch.zeros(2, dtype=torch.int64, **new)
             if rows:
                 _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
-                    *inputs[:7], record, distance, box, count, V, N, H, W,
-                    TILE=GPU_TILE, RECORD=RECORD, **LANES)
-            # First front to back, then by tile: two stable sorts of short keys, not one of long keys.
+                    *inputs[:7], distance, box, totals, V, N, H, W, tiles_x, tiles_y, TILE=GPU_TILE, **LANES)
             order = distance.sort(stable=True)[1]
-            end = count[order].cumsum(0)
-            pairs = int(end[-1]) if rows else 0  # the one time that the host waits
+            seen, pairs = totals.tolist()  # the one time that the host waits
             if pairs >= 2**30:
                 raise ValueError(f"rasterize: {pairs} pairs of a Gaussian and a tile: use a smaller batch")
-            tile = torch.empty(pairs, dtype=torch.int16 if tiles < 2**15 - 1 else torch.int32, **new)
-            row = torch.empty(pairs, dtype=torch.int32, **new)
-            if pairs:
-                _expand_kernel[(triton.cdiv(pairs, LANES["BLOCK"]),)](
-                    order, end, box, count, tile, row, pairs, rows, rows.bit_length(), N, tiles_x,
-                    tiles_x * tiles_y, **LANES)
-            tile, slot = tile.sort(stable=True)
-            row = row[slot]
-            start = torch.searchsorted(tile, torch.arange(tiles + 1, dtype=tile.dtype, **new), out_int32=True)
+            # What takes 64 bytes is kept for those that are seen, often less than half.
+            order, record = order[:seen], torch.empty(seen, RECORD, **new)
+            rank = torch.full((rows,), -1, dtype=torch.int32, **new)
+            if seen:
+                _record_kernel[(triton.cdiv(seen, LANES["BLOCK"]),)](
+                    *inputs[:7], order, record, rank, V, N, H, W, seen, RECORD=RECORD, **LANES)
+            row, slot, start, end = _tile_lists_triton(order, box, pairs, tiles_x, tiles)
             image, normal = (torch.empty(B, V, 3, H, W, **new) for _ in range(2))
             alpha, depth, median_depth = (torch.empty(B, V, 1, H, W, **new) for _ in range(3))
             norm, median = torch.empty(B, V, H, W, **new), torch.empty(B, V, H, W, dtype=torch.int32, **new)
@@ -937,27 +1083,33 @@ class _Rasterize(torch.autograd.Function):
                 _composite_kernel[(tiles,)](
                     record, row, start, fxfycxcy, background, image, alpha, depth, median_depth, normal, norm,
                     median, stop, H, W, tiles_x, tiles_y, RECORD=RECORD, BATCH=BATCH, **COMPOSITE)
-        lists = (slot, order, end) if deterministic else ()
+        lists = (slot, end) if deterministic else ()
         ctx.save_for_backward(
-            *inputs, record, count, row, start, stop, image, alpha, depth, normal, norm, median, *lists)
+            *inputs, record, rank, row, start, stop, image, alpha, depth, normal, norm, median, *lists)
         ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
         return image, alpha, depth, median_depth, normal
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
+        given = [g for g in gradients if g is not None]
+        with torch.no_grad():
+            grads = _Rasterize.differentiate(ctx, *gradients)
+        return *_once(grads, *ctx.saved_tensors[:5], *given), *6 * (None,)
+
+    @staticmethod
+    def differentiate(ctx, *gradients):
         means, quats, scales, opacities, colors, c2w, fxfycxcy, background, *saved = ctx.saved_tensors
-        record, count, row, start, stop, image, alpha, depth, normal, norm, median, *lists = saved
+        record, rank, row, start, stop, image, alpha, depth, normal, norm, median, *lists = saved
         (B, V, _, H, W), N = image.shape, means.shape[1]
-        if means.numel() == 0:
-            return *map(torch.zeros_like, (means, quats, scales, opacities, colors)), *6 * (None,)
+        if means.numel() == 0 or V == 0:
+            return [torch.zeros_like(x) for x in (means, quats, scales, opacities, colors)]
         geometry = any(g is not None for g in gradients[2:])
         wanted = [image, alpha] + (3 * [None] if not geometry else [depth, depth, normal])
         gradients = [x if x is None else torch.zeros_like(x) if g is None else g.contiguous()
                      for g, x in zip(gradients, wanted)]
         gradients = [image if g is None else g for g in gradients]  # never read
-        slot, order, end = lists or 3 * (start,)
+        slot, end = lists or 2 * (start,)
         tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
         with torch.cuda.device_of(means):
             sums = torch.zeros(len(row) if ctx.deterministic else len(record), RECORD, device=means.device)
@@ -969,12 +1121,12 @@ class _Rasterize(torch.autograd.Function):
             if ctx.deterministic and len(row):
                 pair_sums, sums = sums, torch.empty_like(record)
                 _add_pairs_kernel[(triton.cdiv(len(record), ADD_PAIRS["ROWS"]),)](
-                    order, end, count, pair_sums, sums, len(record), RECORD=RECORD, **ADD_PAIRS)
+                    end, pair_sums, sums, len(record), RECORD=RECORD, **ADD_PAIRS)
             grads = [torch.empty_like(x) for x in (means, quats, scales, opacities, colors)]
             _project_backward_kernel[(B * triton.cdiv(N, LANES["BLOCK"]),)](
-                means, quats, scales, opacities, c2w, fxfycxcy, count, sums, *grads, V, N, H, W,
+                means, quats, scales, opacities, c2w, fxfycxcy, rank, sums, *grads, V, N, H, W,
                 GEOMETRY=geometry, RECORD=RECORD, **LANES)
-        return *grads, *6 * (None,)
+        return grads
 
 
 # ---- the public function -----------------------------------------------------------------------------------
@@ -997,18 +1149,37 @@ def rasterize(
 ):
     """Render (image, alpha, depth, median_depth, normal) of every object in every view: see this file's head.
 
-    ValueError: a shape, dtype, device or backend that does not fit.
+    ValueError: a shape, dtype, device, size, background or backend that does not fit.
+    RuntimeError: inside a CUDA graph's capture, which would not see the host wait.
     """
+    if torch.compiler.is_compiling():  # lists whose lengths depend on the data are nothing for a compiler
+        return torch.compiler.disable(rasterize)(
+            means, quats, scales, opacities, colors, c2w, fxfycxcy, height, width, background,
+            backend=backend, deterministic=deterministic)
     if not (torch.is_tensor(means) and means.ndim == 3 and means.shape[2] == 3):
         got = tuple(getattr(means, "shape", ())) or type(means)
         raise ValueError(f"means: wanted a tensor (B, N, 3), got {got}")
+    if means.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"means: wanted float32 (or float64), got {means.dtype}: call .float() on it")
     if not (torch.is_tensor(c2w) and c2w.ndim == 4):
         got = tuple(getattr(c2w, "shape", ())) or type(c2w)
         raise ValueError(f"c2w: wanted a tensor (B, V, 4, 4), got {got}")
     B, N, V = *means.shape[:2], c2w.shape[1]
-    if means.is_cuda and not torch.is_tensor(background):  # a copy would make the host wait
-        background = torch.stack([means.new_full((), color) for color in background])
-    background = torch.as_tensor(background, dtype=means.dtype, device=means.device)
+    try:
+        height, width = operator.index(height), operator.index(width)
+    except TypeError:
+        raise ValueError(f"height, width: wanted whole numbers, got {height!r} x {width!r}") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"height, width: wanted at least 1 x 1, got {height} x {width}")
+    if not torch.is_tensor(background):
+        try:
+            red, green, blue = (float(color) for color in background)
+        except (TypeError, ValueError):
+            got = repr(background)
+            raise ValueError(f"background: wanted three numbers or a tensor (3,), got {got}") from None
+        # one by one: to copy a list to a GPU would make the host wait
+        background = torch.stack([means.new_full((), color) for color in (red, green, blue)])
+    background = background.to(means)
     wanted = {"quats": (quats, (B, N, 4)), "scales": (scales, (B, N, 3)), "opacities": (opacities, (B, N)),
               "colors": (colors, (B, N, 3)), "c2w": (c2w, (B, V, 4, 4)), "fxfycxcy": (fxfycxcy, (B, V, 4)),
               "background": (background, (3,))}
@@ -1019,20 +1190,20 @@ def rasterize(
         if tensor.device != means.device or tensor.dtype != means.dtype:
             got = f"{tensor.dtype} on {tensor.device}"
             raise ValueError(f"{name}: wanted {means.dtype} on {means.device} like means, got {got}")
-    if not means.is_floating_point():
-        raise ValueError(f"means: wanted floats, got {means.dtype}")
-    if height < 1 or width < 1:
-        raise ValueError(f"height, width: wanted at least 1 x 1, got {height} x {width}")
     if backend is None:
         fits = means.is_cuda and triton is not None and means.dtype == torch.float32
         backend = "triton" if fits else "torch"
     if backend not in ("torch", "triton"):
         raise ValueError(f"backend: wanted 'torch', 'triton' or None, got {backend!r}")
+    if means.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("rasterize cannot be captured in a CUDA graph: the host has to wait for the "
+                           "lengths of its lists. Call it between two graphs")
     inputs = (means, quats, scales, opacities, colors, c2w, fxfycxcy)
     if backend == "torch":
         if deterministic and means.is_cuda:
             raise ValueError("deterministic: on a GPU it needs float32 and backend 'triton'")
-        return _rasterize_torch(*inputs, height, width, background)
+        with torch.autocast(means.device.type, enabled=False):
+            return _rasterize_torch(*inputs, height, width, background)
     if triton is None:
         raise ValueError("backend 'triton' was asked for, but triton is not installed")
     if not means.is_cuda and isinstance(_project_kernel, triton.JITFunction):
@@ -1042,4 +1213,5 @@ def rasterize(
     for name, constant in (("c2w", c2w), ("fxfycxcy", fxfycxcy), ("background", background)):
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: wanted a constant, got a tensor that requires grad: detach it")
-    return Render(*_Rasterize.apply(*inputs, background, height, width, bool(deterministic)))
+    inputs = [x.contiguous() for x in (*inputs, background)]
+    return Render(*_Rasterize.apply(*inputs, height, width, bool(deterministic)))

@@ -54,24 +54,86 @@ def test_goals_are_judged(capsys):
 
     bench.goals([row("rasterize", "diffsplat", "triton", 1.0, 2.0),
                  row("rasterize", "diffsplat", "gsplat", 1.5),
-                 row("gradient_matching", "large", "triton", 1.2)])
+                 row("gradient_matching", "large", "triton", 1.2),
+                 {"op": "cost", "what": "4 objects, --checkpoint", "peak_GB": 25.5}])
     lines = capsys.readouterr().out.splitlines()
     assert any("diffsplat: gsplat's time / ours, wanted >= 1.3: met (1.50)" in line for line in lines)
     assert any("diffsplat: gsplat's peak memory / ours, wanted >= 1: MISSED (0.50)" in line for line in lines)
     assert any("bandwidth floor, wanted <= 1.3: met (1.20)" in line for line in lines)
     assert any("eager PyTorch's time / ours, wanted >= 5: not measured" in line for line in lines)
+    assert any("--checkpoint: peak GB, wanted <= 24: MISSED (25.50)" in line for line in lines)
 
 
-@pytest.mark.parametrize("op, keys", [("matching", {"M", "n"}), ("splat", {"B", "V", "N", "H", "W", "live"})])
-def test_quick_run_appends_complete_rows(tmp_path, op, keys):
+def test_quick_run_appends_complete_rows(tmp_path):
     out = tmp_path / "bench.jsonl"
     out.write_text('{"op": "kept"}\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.bench", "--quick", "--op", op, "--device", "cpu", "--out", str(out)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    options = ["--device", "cpu", "--out", str(out), "--quick", "--only", "time", "sweep", "matching"]
+    done = subprocess.run([sys.executable, "-m", "kernels.bench", *options], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kept, *rows = map(json.loads, out.read_text().splitlines())
-    assert kept == {"op": "kept"} and {row["pass"] for row in rows} == {"forward", "forward+backward"}
-    for row in rows:
-        assert row.keys() >= ROW | keys, (ROW | keys) - row.keys()
-        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["floor_ms"] > 0
+    assert kept == {"op": "kept"} and {row["step"] for row in rows} == {"time", "sweep", "matching"}
+    timed = [row for row in rows if "pass" in row]
+    assert {row["pass"] for row in timed} == {"forward", "forward+backward"}
+    for row in timed:
+        keys = ROW | ({"M", "n"} if row["op"] == "gradient_matching" else {"B", "V", "N", "H", "W", "live"})
+        assert row.keys() >= keys, keys - row.keys()
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["floor_ms"] > 0 and row["host_ms"] > 0
+        assert row["cmd"].startswith("python -m kernels.bench --device cpu") and row["cmd"].endswith("matching")
+    assert {row["backend"] for row in timed if row["op"] == "rasterize"} == {"torch", "torch, picture"}
+    sweep, = (row for row in rows if row["op"] == "sweep")
+    assert sweep["variant"] == "tile 8, 1 warps" and sweep["forward+backward"] > 0
+    assert "---- cost" not in done.stdout and "goals, forward + backward:" in done.stdout
+    assert "tiny" in done.stdout  # the table
+
+
+def test_steps_are_stopped_and_left_out_in_time(tmp_path, monkeypatch, capfd):
+    out = tmp_path / "bench.jsonl"
+    monkeypatch.setattr(bench, "STEPS", {"environment": (bench.environment, 0.3, 0), "cost": (bench.cost, 300, 60)})
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--out", str(out), "--budget", "10"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    said = capfd.readouterr().out
+    assert stop.value.code == 0 and not out.exists()
+    assert "environment: stopped after 0 seconds" in said and "cost: left out, " in said
+
+
+def step(name, path):
+    """What a step writes when it is run in this process."""
+    getattr(bench, name)(bench.Rows(path, name, CPU, "now", "test"), CPU, True)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_cost_is_read_from_r2d3(tmp_path, monkeypatch):
+    said = 'a line\n{\n "objects": 4,\n "seconds": {"all": 3.0},\n "peak_GB": 1.5\n}\n'
+    monkeypatch.setattr(bench, "r2d3", lambda arguments, limit: (0, 9.0, said))
+    row, = step("cost", tmp_path / "rows.jsonl")
+    assert row["peak_GB"] == 1.5 and row["seconds"] == {"all": 3.0} and row["wall_s"] == 9.0
+    monkeypatch.setattr(bench, "r2d3", lambda arguments, limit: (None, 90.0, "out of time"))
+    _, row = step("cost", tmp_path / "rows.jsonl")
+    assert row["error"] == "exit code None: out of time"
+
+
+def test_r2d3_is_called_as_documented():
+    """The options of the cost step exist; a limit ends the child."""
+    code, seconds, output = bench.r2d3(["cost", "--help"], 60)
+    assert code == 0 and {"--batch-size", "--updates-per-epoch", "--fraction", "--checkpoint", "--weights"} <= {
+        word for word in output.replace(",", " ").split() if word.startswith("--")}
+    assert bench.r2d3(["--help"], 0.1)[0] is None
+
+
+def test_wrong_results_are_not_timed(tmp_path, monkeypatch):
+    really = bench.check(CPU)
+    monkeypatch.setattr(bench, "check", lambda device: [*really, ("a", 1.0, 1e-3), ("b", float("nan"), 1e-3)])
+    with pytest.raises(SystemExit) as stop:
+        step("correct", tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert stop.value.code == 1 and [row["ok"] for row in rows] == [True] * 13 + [False, False, True]
+    assert rows[-1]["what"] == "tests that need a GPU" and rows[-1]["failed"] == 0
+
+
+def test_a_variant_is_another_module():
+    module = bench.variant("tile 16, 4 warps")
+    assert module.COMPOSITE["TILE"] == 16 and module.COMPOSITE["num_warps"] == 4 and module.GPU_TILE == 16
+    assert bench.splat.GPU_TILE == 8 and len(bench.VARIANTS) == 19
+    assert bench.variant("lanes 256, 8 warps").LANES["BLOCK"] == 256

@@ -222,6 +222,9 @@ def test_errors_name_the_argument():
         ((u, t, ur, tr, old, g, s, k[:1], weight), r"k: wanted a tensor of shape \(2,\), got \(1,\)"),
         ((u, t, ur, tr, old, g, s, k, 3.0), "weight: wanted a tensor .* got float"),
         ((u, t, ur, tr, old, g, torch.ones(3), k, weight), "guidance: wanted"),
+        ((u, t, ur, tr, old, g, None, k, weight), "guidance: wanted a number .* got None"),
+        ((u, t, ur, tr, old, g, "7.5", k, weight), "guidance: wanted a number .* got '7.5'"),
+        ((None, t, None, tr, old, g, "1", k, weight), "guidance: wanted a number .* got '1'"),
         ((u, t, ur, tr, old, g.int(), s, k, weight), "reward_grad: wanted floats"),
         ((u, t, ur, tr, old.clone().requires_grad_(), g, s, k, weight), "eps_old: wanted a constant"),
         ((None, t, ur, tr, old, g, s, k, weight), "eps_uncond and ref_uncond: wanted two"),
@@ -255,6 +258,8 @@ def test_triton_interpreted_details(interpreted):
     assert interpreted["strided"] < GRAD_TOL["float32"]  # inputs that are not contiguous, expanded G
     assert interpreted["detached"] < GRAD_TOL["float32"]  # only eps_text wants a gradient
     assert "float64" in interpreted["double"]
+    assert len(interpreted["twice"]) == 4
+    assert all("cannot be differentiated again" in x for x in interpreted["twice"]), interpreted["twice"]
 
 
 @needs_triton
@@ -298,8 +303,17 @@ def interpret():
         double = "computed"
     except ValueError as error:
         double = str(error)
+    twice = []  # the gradients are linear in u and t: the PyTorch path has second derivatives, Triton must not say 0
+    for loss in (lambda match, reg: match.sum(), lambda match, reg: (match * reg).sum()):
+        for n in range(2):
+            theta = [x.detach().requires_grad_() for x in arguments[:2]]
+            first = torch.autograd.grad(loss(*run(*theta, *arguments[2:])), theta, create_graph=True)
+            try:
+                twice.append(str(torch.autograd.grad(first[n].square().sum(), theta)))
+            except RuntimeError as error:
+                twice.append(str(error))
     return {"errors": found, "strided": max(map(worst, strided, expected)),
-            "detached": worst(detached, expected[3]), "double": double}
+            "detached": worst(detached, expected[3]), "double": double, "twice": twice}
 
 
 def compile_all():

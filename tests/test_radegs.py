@@ -114,7 +114,8 @@ def test_projection(recorded):
     assert torch.equal(seen, recorded["per_gaussian.radii"] > 0)
 
     def errors(shape, features):
-        x, y, a, r, h, log_o = shape.unbind(1)  # alpha = exp(log o - h dy^2 - (a dx - r dy)^2)
+        x, y, a, k, h, log_o = shape.unbind(1)  # alpha = exp(log o - h dy^2 - (a dx - r dy)^2)
+        r = a * k
         distances = (recorded["xyz"][which].double() - recorded["C2W"][view, :3, 3]).norm(dim=1)
         pairs = {"means2d": (torch.stack([x, y], 1), None),
                  "conics": (torch.stack([2 * a * a, -2 * a * r, 2 * (h + r * r)], 1), None),
@@ -141,11 +142,11 @@ def published_pictures(recorded, shape, features, view, which):
     row, column = (axis.flatten() for axis in torch.meshgrid(pixels, pixels, indexing="ij"))
     out = {name: [] for name in ("image", "alpha", "normal", "depth")}
     for v in range(2):
-        x, y, a, r, h, log_o = shape[view == v].split(1, 1)  # (N, 1), front to back
+        x, y, a, k, h, log_o = shape[view == v].split(1, 1)  # (N, 1), front to back
         color, _, t, plane_x, plane_y, normal = features[view == v].split([3, 1, 1, 1, 1, 3], 1)
         radius = recorded["per_gaussian.radii"][v, which[view == v], None].double()
         dx, dy = x - column, y - row  # (N, pixels)
-        raw = (log_o - h * dy * dy - (a * dx - r * dy) ** 2).exp()
+        raw = (log_o - h * dy * dy - (a * (dx - k * dy)) ** 2).exp()
         seen = raw >= 1 / 255
         for pixel, centre in ((column, x), (row, y)):
             tile = pixel.div(TILE).floor()

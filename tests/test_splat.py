@@ -14,8 +14,11 @@ DATA = Path(__file__).parent / "data"
 PARAMETERS = ("means", "quats", "scales", "opacities", "colors")
 
 
-def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background=(1.0, 1.0, 1.0)):
-    """Every Gaussian on every pixel, one view after another, textbook algebra: matrix inverses, no lists, no tiles."""
+def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background=(1.0, 1.0, 1.0), margins=None):
+    """Every Gaussian on every pixel, one view after another, textbook algebra: matrix inverses, no lists, no tiles.
+
+    margins: a list that gets how close, relatively, a number comes to one of the formula's thresholds.
+    """
     results = []
     for b in range(c2w.shape[0]):
         for v in range(c2w.shape[1]):
@@ -67,10 +70,16 @@ def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, backgrou
             last = torch.where(near, torch.arange(1, len(w) + 1)[:, None, None], 0).amax(0)
             chosen = along.gather(0, (last - 1).clamp(min=0)[None])[0]
             median = torch.where(last > 0, chosen / ln, 0.0)
+            if margins is not None:
+                for number, limit, where in ((t[:, 2], 0.2, o > 0), (det, 1e-6, t[:, 2] > 0.2),
+                                             (o[:, None, None] * power.exp(), 1 / 255, ok), (after, 1e-4, alpha > 0),
+                                             (before, 0.5, alpha > 0)):
+                    near = (number / limit - 1).abs()[where]
+                    margins.append(near.min().item() if near.numel() else 1.0)
             results.append((image, total[None], depth[None], median[None],
                             summed / summed.norm(dim=0, keepdim=True).clamp(min=1e-12)))
     shape = c2w.shape[:2]
-    return Render(*(torch.stack(tensors).unflatten(0, shape) for tensors in zip(*results)))
+    return Render(*(torch.stack(tensors).unflatten(0, shape) for tensors in zip(*results, strict=True)))
 
 
 def cameras(B, V, generator):

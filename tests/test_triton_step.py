@@ -22,8 +22,9 @@ vae = AutoencoderKL(in_channels=12, out_channels=12, down_block_types=["DownEnco
 text = shapes.WordTable(["red", "cube"], 8, 3).requires_grad_(False)
 base = r2d3.DiffSplat(net, vae, text, image_size=4, prediction_type="v_prediction", guidance=2.0,
                       latent_mean=torch.zeros(1), latent_std=torch.ones(1), betas={}, scale_range=(0.02, 0.12),
-                      depth_scale=0.5, half_image_shift=False, device="cpu")
-base.net = r2d3.add_lora(base.net, 2, 0)
+                      depth_scale=0.5, half_image_shift=False, device="cpu", eval_size=4,
+                      lora_targets=("to_q", "to_k", "to_v"))
+base.net = r2d3.add_lora(base.net, base.lora_targets, 2, 0)
 with torch.no_grad():
     for name, weight in base.net.named_parameters():
         if "lora_B" in name:
@@ -32,17 +33,21 @@ schedule = r2d3.NoiseSchedule.from_diffusers("dpm", 20)
 null, cond = base.encode([""]), base.encode(["red cube"])
 found = {}
 for backend in ("torch", "triton"):
-    config = r2d3.resolve(r2d3.Config(backend=backend, views=1, view_size=17, guidance=2.0, branch="guided"))
-    path = r2d3.rollout(base, schedule, cond, null, 2.0, r2d3.seeded(0))
+    config = r2d3.resolve(r2d3.Config(backend=backend, views=1, view_size=17, guidance=2.0, branch="guided",
+                                      estimator="step", skip_below=0.0))
+    path = r2d3.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(0)])
     old = path.eps[:, 12] + 0.01
-    batch = r2d3.Transitions(torch.tensor([12]), path.x[:, 12], path.x[:, 13], old, cond, ["red cube"])
-    reward = r2d3.load_reward("aesthetic=1,dnc=1", type("B", (), {"tower": None, "normals": None}), "cpu")
-    g, score = r2d3.reward_gradient(base, reward, schedule, batch, null, config, r2d3.seeded(1))
-    match, reg = r2d3.nabla_loss(base, schedule, batch, null, g, config)
+    batch = r2d3.Transitions(torch.tensor([12]), path.x[:, 12], path.x[:, 13], old, cond, ["red cube"],
+                             [r2d3.seeded(1)], None, None)
+    reward = r2d3.load_reward("colorfulness=1,dnc=1", base, "cpu")
+    judge = r2d3.make_judge(base, reward, views=1, view_size=17, elevation_jitter=20.0, azimuth_jitter=60.0,
+                            backend=backend)
+    logged, _ = r2d3.nabla_step(r2d3.Job(base, judge, schedule, null, config), batch)
     base.net.zero_grad()
-    (match + reg).sum().backward()
+    (logged["match"] + logged["reg"]).sum().backward()
     lora = torch.cat([w.grad.flatten() for n, w in base.net.named_parameters() if w.requires_grad])
-    found[backend] = {"score": score, "reward gradient": g, "match": match, "reg": reg, "LoRA gradient": lora}
+    found[backend] = {**{name: logged[name] for name in ("reward", "reward_gradient", "match", "reg")},
+                      "LoRA gradient": lora}
 for name, want in found["torch"].items():
     error = ((found["triton"][name] - want).abs().max() / want.abs().max()).item()
     print(f"{name}: largest {want.abs().max().item():.3g}, relative error {error:.1e}")
