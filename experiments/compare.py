@@ -3,6 +3,7 @@
     python experiments/compare.py --reward aesthetic                 # four methods, 3 seeds: 1.4 core-hours
     python experiments/compare.py --reward aesthetic --quick         # one seed, a short budget: 6 minutes; rows of its own
     python experiments/compare.py --experiment tune ablate           # the sweeps behind the settings; the ablations
+    python experiments/compare.py --experiment recipe              # --recipe paper beside --recipe fast, 3 seeds
     python experiments/compare.py --table                            # tables of all rows there are, and the plots
 
 A trial is one fine-tuning. Its cost is counted in objects whose reward the update uses ("evaluations"; each in `views`
@@ -37,24 +38,24 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import r2d3
-from support import metrics
+from support import metrics, to_bytes, write_atomic
 
-METHODS = {"E8": ("nabla-R2D3, E8", "C0", "o"), "E7": ("nabla-R2D3, E7", "C9", "D"), "draft": ("DRaFT", "C1", "s"),
-           "refl": ("ReFL", "C2", "^"), "ddpo": ("DDPO", "C7", "x")}      # see kind()
+METHODS = {"sample": ("nabla-R2D3, per sample", "C0", "o"), "step": ("nabla-R2D3, per step", "C9", "D"),
+           "draft": ("DRaFT", "C1", "s"), "refl": ("ReFL", "C2", "^"), "ddpo": ("DDPO", "C7", "x")}     # see kind()
 METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "coverage": "coverage", "dnc": "dnc",
            "diversity": "diversity", "fid_to_base": "FID to the base"}
 ROWS, WORK = ROOT / "experiments/results/compare.jsonl", ROOT / "runs/compare"
 
 # Settings that are not named here are r2d3.py's defaults for the embedded base, as far as they are not in START.
-START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25, "reward_at": "step"}
-STEP = START | {"method": "nabla"}                              # the reward is asked at every trained step (E7)
-NABLA = STEP | {"reward_at": "sample"}                          # once per object (E8): the default
+START = {"beta": 1000.0, "batch_size": 16, "lr": 1e-3, "updates_per_epoch": 16, "skip_below": 0.25, "estimator": "step"}
+STEP = START | {"method": "nabla"}                              # the reward is asked at every trained step (E7), our matching
+NABLA = STEP | {"estimator": "sample"}                          # once per object (E8): the default
 NIMBLE = NABLA | {"batch_size": 2, "lr": 2.5e-4, "updates_per_epoch": 4, "beta": 4000.0}
 DRAFT = START | {"method": "draft", "batch_size": 8, "updates_per_epoch": 1}
 REFL = START | {"method": "refl", "batch_size": 8, "updates_per_epoch": 1}
 DDPO = START | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never", "ddpo_clip": 1e-2}
-# What a label leaves out: the defaults of r2d3.py; of E7 the same but for the place where the reward is asked.
-OWN = {"E8": NABLA, "E7": STEP, "draft": DRAFT | {"batch_size": 2, "lr": 2e-4}, "refl": REFL | {"batch_size": 1, "lr": 2e-4},
+# What a label leaves out: the defaults of r2d3.py; per step the same but for the place where the reward is asked.
+OWN = {"sample": NABLA, "step": STEP, "draft": DRAFT | {"batch_size": 2, "lr": 2e-4}, "refl": REFL | {"batch_size": 1, "lr": 2e-4},
        "ddpo": DDPO}
 MARKS = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 BETA = {"aesthetic": 1.0, "hpsv2": 0.25, "dnc": 0.5}  # by the size of the reward's gradient at the late levels
@@ -63,27 +64,23 @@ GAINS = {"aesthetic": (0.05, 0.1, 0.15, 0.2, 0.25), "hpsv2": (0.005, 0.01, 0.02)
 
 ABLATIONS = {
     "**the default**": {},
-    "reward asked at every step (E7)": {"reward_at": "step"},
+    "reward asked at every step (E7), our matching": {"estimator": "step"},
     "matching score (E4)": {"matching": "score", "skip_below": 0.0},
     "matching score, last step never": {"matching": "score", "skip_below": 0.0, "last_step": "never"},
     "last step stratified": {"last_step": "stratified"},
     "last step never": {"last_step": "never"},
     "guided prediction matched": {"branch": "guided"},
-    "lambda 0 (no prior regulariser)": {"lam": 0.0},
-    "lambda 10": {"lam": 10.0},
+    "lambda 0 (no prior regulariser)": {"reg_weight": 0.0},
+    "lambda 10": {"reg_weight": 10.0},
     "w(s) = 1 (no time weight)": {"time_weight": "none"},
     "w(s) = alpha": {"time_weight": "linear"},
-    "no Jacobian of the network": {"jacobian": False},
     "fraction 0.2": {"fraction": 0.2},
     "fraction 1.0": {"fraction": 1.0},
-    "uniform transitions": {"stratify": False},
     "one view": {"views": 1},
     "four views": {"views": 4},
     "reward gradient at every level": {"skip_below": 0.0},
-    "only levels 10 to 18 trained": {"skip_below": 0.0, "train_from": 0.5, "last_step": "never"},
     "4 updates per epoch": {"updates_per_epoch": 4},
     "48 objects and updates per epoch (staler rollouts)": {"batch_size": 48, "updates_per_epoch": 48},
-    "each gradient used twice": {"updates_per_gradient": 2},
     "guidance 1 in training": {"guidance": 1.0},
     "guidance 4 in training": {"guidance": 4.0},
     "beta 300": {"beta": 300.0},
@@ -102,14 +99,14 @@ TUNE = [     # 27 settings of every method (of DDPO 18), seed 0
       for share, beta, lr in ((0.6, 1000.0, 2e-3), (0.6, 2000.0, 2e-3), (0.6, 3000.0, 3e-3),
                               (0.8, 1000.0, 2e-3), (0.8, 2000.0, 2e-3), (0.8, 3000.0, 3e-3))),
     *((NIMBLE | {"lr": lr, "beta": beta}, DENSE[2:9]) for lr in (1e-3, 5e-4) for beta in (2000.0, 4000.0)),
-    *((NIMBLE | change, DENSE[2:9]) for change in ({"lr": 1e-3, "lam": 10.0}, {"lr": 1e-3, "fraction": 1.0}, {})),
+    *((NIMBLE | change, DENSE[2:9]) for change in ({"lr": 1e-3, "reg_weight": 10.0}, {"lr": 1e-3, "fraction": 1.0}, {})),
     *((NIMBLE | {"batch_size": 4, "updates_per_epoch": 8, "lr": lr}, DENSE[2:10]) for lr in (5e-4, 2.5e-4)),
     *((start | {"batch_size": batch, "lr": lr}, [16, 32, 64, 128] if batch * 1e-3 / lr > 2 else SMALL[:4])
       for start in (DRAFT, REFL) for batch in (4, 8, 16) for lr in (1e-3, 2e-3, 3e-3)),
     *((start | {"batch_size": batch, "lr": lr}, SMALL[:4])
       for start in (DRAFT, REFL) for batch, lr in ((4, 5e-4), (2, 5e-4), (2, 1e-3), (2, 2e-3))),
-    *((DRAFT | change, [32, 64, 128]) for change in ({"lr": 3e-4}, {"draft_steps": 2}, {"draft_noises": 2})),
-    *((DRAFT | {"batch_size": 4} | change, SMALL[:4]) for change in ({"draft_steps": 2}, {"draft_noises": 2})),
+    *((DRAFT | change, [32, 64, 128]) for change in ({"lr": 3e-4}, {"draft_steps": 2}, {"draft_steps": 0})),
+    *((DRAFT | {"batch_size": 4} | change, SMALL[:4]) for change in ({"draft_steps": 2}, {"draft_steps": 0})),
     *((REFL | {"batch_size": batch, "lr": 3e-4}, [32, 64, 128]) for batch in (4, 8, 16)),
     *((REFL | {"batch_size": 1, "lr": lr}, SMALL[:4]) for lr in (5e-4, 1e-3)),
     *((start | {"batch_size": batch, "lr": lr}, DENSE[4:])
@@ -132,10 +129,8 @@ TUNE_OTHERS = [     # three settings of every method that has a gradient, for th
 
 
 def kind(settings: dict) -> str:
-    """The method; of nabla-R2D3 whether the reward is asked at every step (E7) or once per object (E8)."""
-    if settings["method"] != "nabla":
-        return settings["method"]
-    return "E7" if settings["reward_at"] == "step" else "E8"
+    """The method; of nabla-R2D3 whether the reward is asked at every "step" (E7) or once per "sample" (E8)."""
+    return settings["estimator"] if settings["method"] == "nabla" else settings["method"]
 
 
 def label(settings: dict) -> str:
@@ -146,13 +141,13 @@ def label(settings: dict) -> str:
 def chosen(rows: list[dict], reward: str) -> list[tuple[dict, list[int], list[str]]]:
     """Settings that the comparison takes, marks around where the sweep says that they get there, and why.
 
-    The defaults, E8 and E7; and from the sweep of every kind the setting that loses least alignment at a gain of CHOOSE_AT
+    The default, and the same per step; and from the sweep of every kind the setting that loses least alignment at a gain of CHOOSE_AT
     and the one that takes fewest evaluations to it, of those that gain a tenth more; where none does, the one that gains most.
     """
     found = {}
-    for name, marks in {"E8": [16, 32, 64, 96], "E7": [32, 64, 128, 256]}.items() if reward in sweeps(rows) else ():
+    for name, marks in {"sample": [16, 32, 64, 96], "step": [32, 64, 128, 256]}.items() if reward in sweeps(rows) else ():
         settings = scaled(OWN[name], reward)
-        found[json.dumps(settings, sort_keys=True)] = settings, marks, ["the default" if name == "E8" else "as the default"]
+        found[json.dumps(settings, sort_keys=True)] = settings, marks, ["the default" if name == "sample" else "as the default"]
     for name in METHODS:
         paths = [path for path in sweeps(rows).get(reward, []) if kind(path[0]["settings"]) == name]
         gain = CHOOSE_AT[reward]
@@ -188,7 +183,11 @@ def trials(experiment: str, reward: str, seeds: list[int], quick: bool, rows: Pa
     if experiment == "tune":
         return [(label(scaled(settings, reward)), scaled(settings, reward) | {"seed": 0}, marks)
                 for settings, marks in (TUNE if reward == "aesthetic" else TUNE_OTHERS)]
-    return [(name, scaled(NABLA | change, reward) | {"seed": 0}, [96, 256] if "reward_at" in change else [96])
+    if experiment == "recipe":                                  # marks: three and six epochs of either
+        return [(f"--recipe {recipe}", {"reward": reward, "method": "nabla", "recipe": recipe, "seed": seed},
+                 [share * n for n in (3, 6)])
+                for seed in seeds for recipe, share in (("fast", 16), ("paper", 128))]
+    return [(name, scaled(NABLA | change, reward) | {"seed": 0}, [96, 256] if "estimator" in change else [96])
             for name, change in ABLATIONS.items()]
 
 
@@ -204,13 +203,12 @@ class World:
         self.base = r2d3.load_base(self.config, self.config.device)
         self.config = dataclasses.replace(self.config, guidance=self.base.guidance)
         self.reward = r2d3.load_reward(reward, self.base, self.config.device)
-        self.schedule = r2d3.NoiseSchedule.from_diffusers(self.config.sampler, self.config.steps, **self.base.betas)
+        self.schedule = self.base.schedule(self.config.sampler, self.config.steps)
         self.features = metrics.load_features(self.base.tower, self.config.device)
         self.prompts = r2d3.load_prompts(self.config.prompts)
         self.test_prompts = r2d3.load_prompts(self.config.test_prompts) if unseen else self.prompts[::4]
         if not unseen:
             self.prompts = [prompt for prompt in self.prompts if prompt not in self.test_prompts]
-        self.null = self.base.encode([""])
         self.net = self.base.net
         self.before, self.reference = (self.measure_base(seed, work) for seed in (0, 1))
 
@@ -221,7 +219,7 @@ class World:
         if path.is_file():
             return metrics.Measurement(**torch.load(path, weights_only=True))
         measured = self.measure(seed)
-        r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(measured._asdict(), file)))
+        write_atomic(path, to_bytes(lambda file: torch.save(measured._asdict(), file)))
         return measured
 
     def measure(self, seed: int) -> metrics.Measurement:
@@ -245,13 +243,16 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
     marks = [mark for mark in marks if all(row["mark"] != mark for row in done)]
     if not marks or any(row.get("diverged") for row in done):
         return
-    given = {name: value for name, value in settings.items() if name != "reward"}
-    config = r2d3.resolve(dataclasses.replace(r2d3.Config(reward=settings["reward"], device="cpu", out=str(work)), **given))
+    given = {name: value for name, value in settings.items() if name != "ddpo_clip"}
+    config = r2d3.resolve(r2d3.Config(device="cpu", out=str(work), **given))
     config = dataclasses.replace(config, guidance=config.guidance or world.base.guidance)
-    world.base.net = r2d3.add_lora(world.net, config.lora_rank, config.seed)
+    judge = r2d3.make_judge(world.base, world.reward, views=config.views, view_size=config.view_size,
+                            elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
+    job = r2d3.Job(world.base, judge, world.schedule, world.base.encode([""]), config)
+    clip = r2d3.DDPO_CLIP["shapes"]
+    r2d3.DDPO_CLIP["shapes"] = settings.get("ddpo_clip", clip)
     try:
-        weights = [weight for weight in world.base.net.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        optimizer = r2d3.start_lora(job)
         state = {"epoch": 0, "judged": 0, "updates": 0, "seconds": 0.0, "history": {}}
         saved = torch.load(path, weights_only=True) if path.is_file() else {"judged": math.inf}
         if saved["judged"] < min(marks):                        # else there are new marks before it: from the start
@@ -263,8 +264,7 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
             while state["judged"] < mark and not diverged:
                 started = time.perf_counter()
                 try:
-                    for row in r2d3.train_epoch(world.base, world.reward, world.schedule, world.prompts, world.null,
-                                                optimizer, config, state["epoch"], 0, 1, state["history"]):
+                    for row in r2d3.train_epoch(job, world.prompts, optimizer, state["epoch"], state["history"]):
                         state["judged"] += row["judged"]
                         state["updates"] += 1
                 except r2d3.UserError as error:
@@ -281,18 +281,30 @@ def run(world: World, settings: dict, marks: list[int], about: dict, rows: Path,
             append(rows, row | {name: result[name] for name in METRICS})
             lora = get_peft_model_state_dict(world.base.net)
             saved = state | {"lora": lora, "optimizer": optimizer.state_dict()}
-            r2d3.write_atomic(path, r2d3.to_bytes(partial(torch.save, saved)))
+            write_atomic(path, to_bytes(partial(torch.save, saved)))
             print(f"{about['experiment']:<8} {about['name']:<28} seed {config.seed} {state['judged']:>6} judged "
                   f"{state['updates']:>4} updates {state['seconds']:>5.0f} s  " +
                   " ".join(f"{name} {result[name]['after']:.3f} ({result[name]['change']:+.3f})" for name in METRICS),
                   flush=True)
     finally:
         world.net = world.base.net = world.base.net.unload()
+        r2d3.DDPO_CLIP["shapes"] = clip
         lock.close()
 
 
 def read(rows: Path) -> list[dict]:
-    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.is_file() else []
+    lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
+    words = "every step (E7)", "every step (E7), our matching"      # what older rows of the ablations call it
+    return [row | {"settings": renamed(row["settings"]), "name": row["name"].replace(words[1], words[0]).replace(*words)}
+            for row in map(json.loads, lines)]
+
+
+def renamed(settings: dict) -> dict:
+    """An older row's settings under today's names. What is no setting any more keeps its name."""
+    settings = {{"lam": "reg_weight", "reward_at": "estimator"}.get(name, name): value for name, value in settings.items()}
+    if settings.pop("draft_noises", 0):
+        settings["draft_steps"] = 0
+    return settings
 
 
 def append(rows: Path, row: dict) -> None:
@@ -367,10 +379,10 @@ def number(values: list[float]) -> str:
 def changes(settings: dict, start: dict) -> list[str]:
     """The settings of a trial that are not as in `start`, in words."""
     words = {"batch_size": "batch", "updates_per_epoch": "updates", "skip_below": "skip below", "draft_steps": "K",
-             "draft_noises": "LV", "lora_rank": "rank", "ddpo_clip": "clip", "last_step": "last step", "lam": "lambda"}
+             "lora_rank": "rank", "ddpo_clip": "clip", "last_step": "last step", "reg_weight": "lambda"}
     return [f"{words.get(name, name)} {value:g}" if isinstance(value, (int, float)) else f"{words.get(name, name)} {value}"
             for name, value in settings.items()
-            if start.get(name) != value and name not in ("seed", "method", "reward", "reward_at")]
+            if start.get(name) != value and name not in ("seed", "method", "reward", "estimator")]
 
 
 def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
@@ -418,6 +430,13 @@ def tables(rows: list[dict]) -> str:
                                                                          (max(costs), min(costs, key=lambda cost: cost[1])))])
         text += table(f"{reward}: the best of the sweep", ["gained", "method", "by how many settings",
                       "least alignment lost (evaluations)", "fewest evaluations: alignment lost (evaluations)"], lines)
+    recipes = {}
+    for row in rows:
+        if row["experiment"] == "recipe":
+            recipes.setdefault((row["name"], row["epochs"]), []).append(row)
+    text += table("recipe", ["recipe", "epochs", "evaluations", "updates", *names],
+                  [[name, str(epochs), *(f"{sum(row[key] for row in group) / len(group):.0f}" for key in ("judged", "updates")),
+                    *(cell(group, metric) for metric in METRICS)] for (name, epochs), group in sorted(recipes.items())])
     for experiment in ("ablate", "tune", "explore"):
         lines = [[row["name"] if experiment == "ablate" else label(row["settings"]), str(row["judged"]), str(row["updates"]),
                   *([cell([row], metric) for metric in METRICS] if "diverged" not in row else [row["diverged"]])]
@@ -467,7 +486,7 @@ def plot(rows: list[dict], reward: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"gain of the reward ({reward})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9, handlelength=5)
-    r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
+    write_atomic(path, to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
@@ -493,13 +512,13 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="alignment lost")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
-    r2d3.write_atomic(path, r2d3.to_bytes(partial(figure.savefig, format="png", dpi=110)))
+    write_atomic(path, to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reward", default="aesthetic", choices=list(BETA), help="of the embedded base")
-    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["compare", "tune", "ablate"])
+    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["compare", "tune", "ablate", "recipe"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
     parser.add_argument("--quick", action="store_true",
                         help="one seed, one setting of every kind, up to about 128 evaluations, one object per prompt")

@@ -8,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
-sys.path.insert(0, str(ROOT))
 
 import compare  # noqa: E402
 
@@ -26,7 +25,8 @@ def world(tmp_path_factory):
 
 
 def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.World, "measure", lambda self, seed: compare.metrics.Measurement(*[r2d3.torch.zeros(1)] * 8))
+    monkeypatch.setattr(compare.World, "measure", lambda self, seed: compare.metrics.Measurement(
+        *[r2d3.torch.zeros(1)] * len(compare.metrics.Measurement._fields)))
     worlds = {unseen: compare.World("aesthetic", 1, unseen, tmp_path) for unseen in (True, False)}
     train, test = (r2d3.load_prompts(str(ROOT / f"prompts/shapes_{part}.txt")) for part in ("train", "test"))
     assert (worlds[True].prompts, worlds[True].test_prompts) == (train, test)
@@ -80,13 +80,13 @@ def test_a_trial_that_diverges_is_a_row(world, tmp_path):
 def made(name, seed, mark, gain, alignment, **more):
     metrics = {metric: {"change": 0.0, "after": 0.0} for metric in compare.METRICS}
     metrics |= {"reward": {"change": gain, "after": gain}, "alignment": {"change": alignment, "after": 0.0}}
-    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic", "method": "nabla", "reward_at": "step"} | more, "mark": mark,
+    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic", "method": "nabla", "estimator": "step"} | more, "mark": mark,
                     "judged": mark, "updates": mark, "train_seconds": 1.0, "samples_per_prompt": 2, "scorer": "-", **metrics}
 
 
 def test_equal_reward_is_read_off_the_curve():
     rows = [made("a", 0, 10, 0.1, -0.01), made("a", 0, 20, 0.3, -0.05), made("a", 1, 10, 0.2, -0.02), made("a", 1, 20, 0.1, -0.5)]
-    marks = compare.curves(rows, "aesthetic")["nabla-R2D3, E7"]
+    marks = compare.curves(rows, "aesthetic")["nabla-R2D3, per step"]
     assert compare.at_equal_reward(marks, 0.2, "alignment") == pytest.approx([-0.0276, -0.02], abs=1e-4)    # 2^(log 5 / log 3)
     assert compare.at_equal_reward(marks, 0.2, "judged") == pytest.approx([15.486, 10], abs=1e-3)            # 2^(log 2 / log 3)
     assert compare.at_equal_reward(marks, 0.1, "alignment") == pytest.approx([-0.01, -0.01])
@@ -96,7 +96,7 @@ def test_equal_reward_is_read_off_the_curve():
     assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)                    # t for 2 degrees of freedom
     assert "-0.024 ± 0.048" in compare.tables(rows)
     sweep = compare.tables([row | {"experiment": "tune"} for row in rows if row["settings"]["seed"] == 0])
-    assert "| nabla-R2D3, E7 | 13 | -0.018 |" in sweep and "| +0.300 |" in sweep
+    assert "| nabla-R2D3, per step | 13 | -0.018 |" in sweep and "| +0.300 |" in sweep
     rising = [made("a", 0, 10, 0.1, 0.01), made("a", 0, 20, 0.3, -0.03)]        # no power law through a change of sign
     assert compare.reached(rising, 0.2, "alignment") == pytest.approx(-0.01)
 
@@ -142,12 +142,13 @@ def test_the_committed_rows_are_the_claim(tmp_path):
         there = [row["settings"] for row in rows if row["experiment"] == "tune"]
         assert all(settings in there for settings in wanted), reward
     assert {row["settings"]["reward"] for row in rows} == {"aesthetic", "hpsv2", "dnc"}
-    readme = (ROOT / "README.md").read_text()
-    lines = compare.tables(rows).splitlines()
-    for title in ("## Against ReFL, DRaFT and DDPO", "## What matters: ablations"):
-        section = readme.partition(title)[2].partition("\n## ")[0]
+    assert {(row["name"], row["settings"]["seed"]) for row in rows if row["experiment"] == "recipe"} == {
+        (f"--recipe {recipe}", seed) for recipe in ("fast", "paper") for seed in range(3)}
+    text, lines = (ROOT / "experiments/README.md").read_text(encoding="utf-8"), compare.tables(rows).splitlines()
+    for title in ("## 1.", "## 3.", "## 5."):
+        section = text.partition(title)[2].partition("\n## ")[0]
         quoted = [line for line in section.splitlines() if line.startswith("| ")]
-        assert len(quoted) >= 10 and set(quoted) <= set(lines), set(quoted) - set(lines)
+        assert len(quoted) >= 6 and set(quoted) <= set(lines), set(quoted) - set(lines)
     compare.plot(rows, "aesthetic", tmp_path / "plot.png")
     compare.plot_sweep(rows, tmp_path / "sweep.png")
     assert min((tmp_path / name).stat().st_size for name in ("plot.png", "sweep.png")) > 20_000
@@ -155,11 +156,11 @@ def test_the_committed_rows_are_the_claim(tmp_path):
 
 def test_the_first_table_is_the_committed_run():
     """experiments/results/default.json is the summary.json of the README's first command."""
-    summary = json.loads((ROOT / "experiments/results/default.json").read_text())
+    summary = json.loads((ROOT / "experiments/results/default.json").read_text(encoding="utf-8"))
     names = {"reward": "**reward: colourfulness**", "alignment": "alignment: image-text cosine", "retrieved": "retrieval R@1",
              "coverage": "alpha coverage", "dnc": "geometry: depth-normal consistency", "diversity": "diversity",
              "fid_to_base": "FID to the base"}
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for metric, name in names.items():
         value = summary[metric]
         after = f"{value['after']:.3f}" if metric != "reward" else f"**{value['after']:.3f}**"
