@@ -389,15 +389,15 @@ def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
                      (opacity / 2 + 0.5).flatten(1), (rgb / 2 + 0.5).flatten(1, 3))
 
 
-def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int,
-           backend: str | None = None) -> Render:
+def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backend: str | None = None,
+           dilation: float = 0.0) -> Render:
     """Square pictures of every object from its V cameras, on white: a Render with image (B, V, 3, size, size)
     in [0, 1]; alpha, depth and median_depth (B, V, 1, size, size); normal (B, V, 3, size, size) in camera
-    space.
+    space. Splats are widened on the screen by the variance `dilation`, in squared sides of the picture.
     """
     g = gaussians
     return rasterize(g.means, g.quats, g.scales, g.opacities, g.colors, c2w.to(g.means), fxfycxcy.to(g.means),
-                     size, size, backend=backend)
+                     size, size, backend=backend, dilation=dilation * size ** 2)
 
 
 SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
@@ -559,6 +559,7 @@ class Base(Protocol):
     betas: dict = {}                    # arguments of diffusers' schedulers that tell the noise schedule
     elevation: float = ELEVATION        # degrees, around which the reward's cameras are drawn
     radius: float = RADIUS              # their distance from the origin, about which objects are centred
+    dilation: float = 0.0               # of its splats in pictures, see `render`
     eval_size: int = 128                # side in pixels of the pictures of an evaluation
     tower: nn.Module | None = None      # its own image-text network (like CLIP) and normal estimator, where
     normals: nn.Module | None = None    # the published ones would not fit its pictures
@@ -674,9 +675,9 @@ class GaussianCube(Base):
     guidance, elevation, eval_size = 3.5, 30.0, 512             # its authors look from 30 degrees above
     betas = {"beta_schedule": "squaredcos_cap_v2"}
     size = RADIUS / 2                   # of the grid's cube in our world: its authors' cameras are 2 away
-    # It was trained through a rasteriser that widens splats by 0.3 square pixels: with 512 pixels a side, a
-    # focal length of 560 and a distance of 2, as at inference, by this standard deviation.
-    thickness = 0.3 ** 0.5 * 2 / 560
+    # It was trained through a rasteriser that widens splats by 0.3 square pixels, with a focal length of 560
+    # pixels; ours is FXFY sides: the same blur, in pictures of any size.
+    dilation = 0.3 * (FXFY / 560) ** 2
 
     def __init__(self, net: nn.Module, text: Callable[[list[str]], tuple[Tensor, Tensor | None]],
                  mean: Tensor, std: Tensor, device: torch.device | str):
@@ -715,8 +716,7 @@ class GaussianCube(Base):
         offset, color, opacity, scales, quats = values.split([3, 3, 1, 3, 4], -1)
         x, y, z = (self.size * (self.grid + offset)).unbind(-1)
         w, i, j, k = (0.5 ** 0.5 * F.normalize(quats, dim=-1)).unbind(-1)   # a quarter turn about x
-        return Gaussians(torch.stack([x, z, -y], -1),
-                         self.size * (scales.clamp(0, 1) ** 2 + self.thickness ** 2).sqrt(),
+        return Gaussians(torch.stack([x, z, -y], -1), self.size * scales.clamp(0, 1),
                          torch.stack([w + i, i - w, j + k, k - j], -1), opacity[..., 0].clamp(0, 1),
                          (SH_C0 * color + 0.5).clamp(min=0))
 
@@ -1055,7 +1055,7 @@ def make_judge(base: Base, reward: Reward, *, views: int, view_size: int, elevat
     def judge(x0: Tensor, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, Render]:
         cameras = sample_cameras(views, elevation_jitter, azimuth_jitter, generators, base.elevation,
                                  base.radius)
-        pictures = render(base.decode(x0), *cameras, view_size, backend)
+        pictures = render(base.decode(x0), *cameras, view_size, backend, base.dilation)
         image = (pictures.image + IMAGE_NOISE * noise_like(pictures.image, generators)).clamp(0, 1)
         pictures = pictures._replace(image=image)
         return reward(pictures, prompts).mean(1), pictures
@@ -1519,7 +1519,9 @@ def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSched
         generators = [seeded(seed, prompt, n % S) for prompt, n in zip(named, chunk)]
         bar = partial(tqdm, desc=f"{label}, {chunk.start} of {P * S}", leave=False, disable=rank > 0)
         x0 = rollout(base, schedule, base.encode(named), null, config.guidance, generators, bar, keep=False)
-        pictures = render(base.decode(x0), *base.cameras(len(chunk)), base.eval_size, config.backend)
+        pictures = render(base.decode(x0), *base.cameras(len(chunk)), base.eval_size, config.backend,
+                          base.dilation)
+        pictures = pictures._replace(image=pictures.image.clamp(0, 1))  # splats may be brighter than white
         scores = reward(pictures, named).mean(1), depth_normal_consistency(pictures, named).mean(1)
         kept = [k for k, n in enumerate(chunk) if n % S == 0 and n // S in shown]
         return *metrics.look(pictures, named, texts, features, *scores), x0[kept].cpu()
@@ -1532,12 +1534,13 @@ def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSched
 
 
 @torch.no_grad()
-def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: str | None = None) -> bytes:
+def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: str | None = None,
+              dilation: float = 0.0) -> bytes:
     """A .gif in which all objects, side by side, turn once around."""
     B, pictures = len(gaussians.means), []
     for azimuth in range(0, 360, 360 // frames):
         c2w = orbit(20.0, float(azimuth)).expand(B, 1, 4, 4)
-        views = render(gaussians, c2w, intrinsics(B, 1), size, backend).image           # (B, 1, 3, H, W)
+        views = render(gaussians, c2w, intrinsics(B, 1), size, backend, dilation).image  # (B, 1, 3, H, W)
         pictures.append(report.picture_rows(views.transpose(0, 1)))
     return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
                                                   duration=80, loop=0))
@@ -1550,11 +1553,13 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
     cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
     with torch.no_grad():
         objects = [base.decode(m.latents.to(base.device)) for m in (before, after)]
-        pictures = [render(one, *cameras, 144, config.backend).image[:, 0].cpu() for one in objects]
+        pictures = [render(one, *cameras, 144, config.backend, base.dilation).image[:, 0].cpu()
+                    for one in objects]
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
     write_atomic(out / "summary.json", to_json(summary))
     for name, content in report.files(*pictures, [prompts[n] for n in shown],
-                                      turntable(both, backend=config.backend), rows, summary,
+                                      turntable(both, backend=config.backend, dilation=base.dilation),
+                                      rows, summary,
                                       f"{config.reward} on {config.base}",
                                       to_json(dataclasses.asdict(config))).items():
         write_atomic(out / name, content)
@@ -1594,7 +1599,7 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
                      [seeded(config.seed, prompt, s) for s in range(config.samples_per_prompt)],
                      partial(tqdm, desc=prompt[:60], leave=False), keep=False)
         gaussians = base.decode(x0)
-        pictures = render(gaussians, *base.cameras(len(x0)), 256, config.backend).image
+        pictures = render(gaussians, *base.cameras(len(x0)), 256, config.backend, base.dilation).image
         for s in range(len(x0)):
             name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
             path = folder / f"{name}-seed{config.seed}-{s}.ply"
@@ -1604,7 +1609,8 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
             if not save_ply(path, one):
                 say(f"nothing can be seen of {path}, it holds no splats: look at --run and --weights")
             write_atomic(path.with_suffix(".png"), report.png(report.picture_rows(pictures[s:s + 1])))
-            write_atomic(path.with_suffix(".gif"), turntable(one, 256, backend=config.backend))
+            around = turntable(one, 256, backend=config.backend, dilation=base.dilation)
+            write_atomic(path.with_suffix(".gif"), around)
             print(path)
             written.append(path)
     return written

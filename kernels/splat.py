@@ -11,7 +11,8 @@ Mathematics. Camera axes: x right, y down, z forward. One Gaussian in one view:
     t = (tx, ty, tz)                        the centre; dropped unless tz > 0.2
     u = tx/tz, v = ty/tz                    clamped to 1.3 tan(fov/2) in all that follows, not in xy
     J = [[fx/tz, 0, -fx u/tz], [0, fy/tz, -fy v/tz]]                  fx, fy in pixels
-    C = J S J^T                             no dilation. det C = |J0 M x J1 M|^2 with M = A diag(s) is exact
+    C = J S J^T + dilation I                det J S J^T = |J0 M x J1 M|^2 with M = A diag(s) is exact. No
+                                            dilation unless asked for; INRIA's rasteriser and gsplat have 0.3
     o = opacity sqrt(det C / (det C + 1e-6) + 1e-6)                   dropped if det C <= 1e-6 (as published)
     raw_i = o exp(-d_i^T C^-1 d_i / 2)      d_i = xy - pixel_i; a pixel's centre is at (column, row)
           = exp(log o - h dy^2 - e^2)       e = a (dx - k dy)
@@ -111,7 +112,7 @@ def _rotation(q):
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
 
 
-def _splats(gaussians, cameras, which, row, H, W):
+def _splats(gaussians, cameras, which, row, H, W, dilation):
     """Gaussian which[i] (of [B N, 14]) in view row[i] (of [B V, 16]): splat [L, 6] = x, y, a, k, h, log o;
     features [L, 10]; t_z, C_xx [L].
 
@@ -147,7 +148,8 @@ def _splats(gaussians, cameras, which, row, H, W):
     JM0 = (fx / tz)[:, None] * (M[:, 0] - u[:, None] * M[:, 2])
     JM1 = (fy / tz)[:, None] * (M[:, 1] - v[:, None] * M[:, 2])
     C_xx, C_xy, C_yy = (JM0 * JM0).sum(-1), (JM0 * JM1).sum(-1), (JM1 * JM1).sum(-1)
-    det = torch.linalg.cross(JM0, JM1).square().sum(-1)
+    det = torch.linalg.cross(JM0, JM1).square().sum(-1) + dilation * (C_xx + C_yy + dilation)
+    C_xx, C_yy = C_xx + dilation, C_yy + dilation
     det = torch.where(det > VANISHING, det, torch.nan)  # log o becomes NaN: dropped
     o = opacity[:, 0] * (det / (det + VANISHING) + VANISHING).sqrt()
     splat = torch.stack([x, y, (C_yy / (2 * det)).sqrt(), C_xy / C_yy, 0.5 / C_yy, o.log()], -1)
@@ -163,7 +165,7 @@ def _splats(gaussians, cameras, which, row, H, W):
     return splat, torch.cat([color, plane, -m / norm[:, None]], -1), tz, C_xx
 
 
-def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
+def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, dilation=0.0):
     """The splats that a view can see, front to back: splat [L, 6], features [L, 10], box [L, 4], view [L]."""
     (B, N), V = means.shape[:2], c2w.shape[1]
     gaussians = torch.cat([means, quats, scales, opacities[..., None], colors], -1).flatten(0, 1)
@@ -176,7 +178,7 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
         fine &= opacities > 0.999 * ALPHA_MIN
         b, view, n = ((z > NEAR) & fine[:, None] & sees[:, :, None]).nonzero(as_tuple=True)
         which, row = b * N + n, b * V + view
-        splat, features, tz, C_xx = _splats(gaussians, cameras, which, row, H, W)
+        splat, features, tz, C_xx = _splats(gaussians, cameras, which, row, H, W, dilation)
         x, y, _, _, h, log_o = splat.unbind(-1)
         reach = 2 * (log_o - math.log(ALPHA_MIN))  # where o is below 1/255 it is below 0, and the box NaN
         half_x, half_y = (reach * C_xx).sqrt(), (reach * 0.5 / h).sqrt()
@@ -187,7 +189,7 @@ def _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W):
         live = live[tz[live].argsort(stable=True)]
         which, row, box = which[live], row[live], box[live].long()
     if torch.is_grad_enabled() and (gaussians.requires_grad or cameras.requires_grad):
-        splat, features, _, _ = _splats(gaussians, cameras, which, row, H, W)
+        splat, features, _, _ = _splats(gaussians, cameras, which, row, H, W, dilation)
     else:
         splat, features = splat[live], features[live]
     return splat, features, box, row
@@ -326,9 +328,10 @@ class _Composite(torch.autograd.Function):
         return *_once([grads[:, :6], grads[:, 6:]], splat, features, g), None
 
 
-def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background):
+def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background, dilation):
     B, V = c2w.shape[:2]
-    splat, features, box, row = _project(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W)
+    gaussians = means, quats, scales, opacities, colors
+    splat, features, box, row = _project(*gaussians, c2w, fxfycxcy, H, W, dilation)
     lists = _tile_lists(box, row, B * V, H, W, means.dtype)
     out, median = _Composite.apply(splat, features, lists)
 
@@ -470,7 +473,7 @@ if triton is not None:
 
     @triton.jit
     def _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, own, mask, camera, H, W,
-             SURE: tl.constexpr):
+             dilation, SURE: tl.constexpr):
         """Gaussians `own` in a view: t_z, half the sides of the box, the record, whether they can be seen.
 
         SURE: that is known already, and `mask` says it.
@@ -489,6 +492,8 @@ if triton is not None:
         tz = tl.where(seen, tz, 1.0)
         u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), axes, scales, camera, H, W)
         C_xx, C_xy, C_yy, det = _dot(ex, ex), _dot(ex, ey), _dot(ey, ey), _dot(c, c)
+        det += dilation * (C_xx + C_yy + dilation)
+        C_xx, C_yy = C_xx + dilation, C_yy + dilation
         o = opacity * tl.sqrt(det / (det + _VANISHING) + _VANISHING)
         if not SURE:
             seen = seen & (det > _VANISHING) & (o >= _ALPHA_MIN)
@@ -526,7 +531,7 @@ if triton is not None:
         distance_ptr,  # [B V N] out: t_z, infinity where nothing is to be seen
         box_ptr,  # [B V N, 3] int32 out: first tile, tiles in a line, all tiles; 0 of them: unseen
         totals_ptr,  # [2] int64: how many are seen, and all their tiles, are added
-        V, N, H, W, tiles_x, tiles_y,
+        V, N, H, W, dilation, tiles_x, tiles_y,
         TILE: tl.constexpr, BLOCK: tl.constexpr,
     ):
         blocks = tl.cdiv(N, BLOCK)
@@ -535,8 +540,8 @@ if triton is not None:
         mask = n < N
         own, row = (view // V).to(tl.int64) * N + n, view.to(tl.int64) * N + n
         camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
-        tz, half_x, half_y, record, seen = _see(
-            means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, own, mask, camera, H, W, False)
+        tz, half_x, half_y, record, seen = _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,
+                                                own, mask, camera, H, W, dilation, False)
         x, y = tl.where(seen, record[0], 0.0), tl.where(seen, record[1], 0.0)
         half_x, half_y = tl.where(seen, half_x, 0.0), tl.where(seen, half_y, 0.0)
         x0 = tl.minimum(tl.maximum(tl.ceil(x - half_x), 0.0), W).to(tl.int32)
@@ -560,7 +565,7 @@ if triton is not None:
         order_ptr,  # [rows] int64: of all B V N the ones that are seen, front to back
         record_ptr,  # [rows, RECORD] out, in this order: x, y, a, r, h, log o, colour, t, p_x, p_y, normal, -
         rank_ptr,  # [B V N] int32 out: the place in this order; not written to for the others
-        V, N, H, W, rows,
+        V, N, H, W, dilation, rows,
         RECORD: tl.constexpr, BLOCK: tl.constexpr,
     ):
         rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -569,7 +574,7 @@ if triton is not None:
         view = row // N
         camera = _load_camera(c2w_ptr, fxfycxcy_ptr, view, H, W)
         _, _, _, record, _ = _see(means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,
-                                  view // V * N + row % N, mask, camera, H, W, True)
+                                  view // V * N + row % N, mask, camera, H, W, dilation, True)
         x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z = record
         tl.store(rank_ptr + row, rank, mask)
         record = _pack(x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z, t)
@@ -862,7 +867,7 @@ if triton is not None:
         sums_ptr,  # [rows, RECORD]: sum of g, g e, g dy, g e e, g e dy, g dy dy with g = dL/dlog raw,
         #            then of w dL/dout_colour; of s, s dx, s dy with s = dL/dt; of w dL/dout_n; -
         g_means_ptr, g_quats_ptr, g_scales_ptr, g_opacities_ptr, g_colors_ptr,  # (B, N, .) out
-        V, N, H, W,
+        V, N, H, W, dilation,
         GEOMETRY: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
     ):
         """A Gaussian per lane, one view after another: no atomics."""
@@ -901,7 +906,9 @@ if triton is not None:
             tx, ty, tz = _center(mean, camera)
             tz = tl.where(seen, tz, 1.0)
             u, v, jx, jy, ex, ey, c = _footprint((tx, ty, tz), A, scales, camera, H, W)
-            C_xy, C_yy, det = _dot(ex, ey), tl.where(seen, _dot(ey, ey), 1.0), tl.where(seen, _dot(c, c), 1.0)
+            C_xx, C_xy, C_yy, det = _dot(ex, ex), _dot(ex, ey), _dot(ey, ey), _dot(c, c)
+            det = tl.where(seen, det + dilation * (C_xx + C_yy + dilation), 1.0)
+            C_yy = tl.where(seen, C_yy + dilation, 1.0)
             a, k, h = tl.sqrt(C_yy / (2 * det)), C_xy / C_yy, 0.5 / C_yy
 
             # log raw = log o - h dy^2 - e^2,  e = a (dx - k dy)
@@ -913,10 +920,12 @@ if triton is not None:
             g_C_yy = (0.5 * g_log_a - k * g_k + h * syy) / C_yy
             more = det + _VANISHING
             g_det = -0.5 * g_log_a / det + 0.5 * one * _VANISHING / (more * (det + more * _VANISHING))
-            # C_xy = ex . ey,  C_yy = ey . ey,  det = |c|^2,  c = ex x ey
+            # C_xy = ex . ey,  C_yy = ey . ey + dilation,  c = ex x ey,
+            # det = |c|^2 + dilation (ex . ex + ey . ey + dilation)
+            g_C_yy += dilation * g_det
             across = _cross(ey, c)
             g_ex = 2 * g_det * across[0], 2 * g_det * across[1], 2 * g_det * across[2]
-            g_ex = _add(g_ex, g_C_xy, ey)
+            g_ex = _add(_add(g_ex, g_C_xy, ey), 2 * dilation * g_det, ex)
             g_ey = _add(_add(zeros, g_C_xy, ex), 2 * g_C_yy, ey)
             g_ey = _add(g_ey, 2 * g_det, _cross(c, ex))
             # ex_k = s_k (jx . A_k)
@@ -1050,7 +1059,8 @@ def _tile_lists_triton(order, box, pairs, tiles_x, tiles):
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, means, quats, scales, opacities, colors, c2w, fxfycxcy, background, H, W, deterministic):
+    def forward(ctx, means, quats, scales, opacities, colors, c2w, fxfycxcy, background, H, W, deterministic,
+                dilation):
         inputs = means, quats, scales, opacities, colors, c2w, fxfycxcy, background  # contiguous
         (B, V), N = c2w.shape[:2], means.shape[1]
         tiles_x, tiles_y = -(-W // GPU_TILE), -(-H // GPU_TILE)
@@ -1063,7 +1073,8 @@ class _Rasterize(torch.autograd.Function):
             totals = torch.zeros(2, dtype=torch.int64, **new)
             if rows:
                 _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
-                    *inputs[:7], distance, box, totals, V, N, H, W, tiles_x, tiles_y, TILE=GPU_TILE, **LANES)
+                    *inputs[:7], distance, box, totals, V, N, H, W, dilation, tiles_x, tiles_y, TILE=GPU_TILE,
+                    **LANES)
             order = distance.sort(stable=True)[1]
             seen, pairs = totals.tolist()  # the one time that the host waits
             if pairs >= 2**30:
@@ -1073,7 +1084,7 @@ class _Rasterize(torch.autograd.Function):
             rank = torch.full((rows,), -1, dtype=torch.int32, **new)
             if seen:
                 _record_kernel[(triton.cdiv(seen, LANES["BLOCK"]),)](
-                    *inputs[:7], order, record, rank, V, N, H, W, seen, RECORD=RECORD, **LANES)
+                    *inputs[:7], order, record, rank, V, N, H, W, dilation, seen, RECORD=RECORD, **LANES)
             row, slot, start, end = _tile_lists_triton(order, box, pairs, tiles_x, tiles)
             image, normal = (torch.empty(B, V, 3, H, W, **new) for _ in range(2))
             alpha, depth, median_depth = (torch.empty(B, V, 1, H, W, **new) for _ in range(3))
@@ -1086,7 +1097,7 @@ class _Rasterize(torch.autograd.Function):
         lists = (slot, end) if deterministic else ()
         ctx.save_for_backward(
             *inputs, record, rank, row, start, stop, image, alpha, depth, normal, norm, median, *lists)
-        ctx.deterministic = deterministic
+        ctx.deterministic, ctx.dilation = deterministic, dilation
         ctx.set_materialize_grads(False)
         return image, alpha, depth, median_depth, normal
 
@@ -1095,7 +1106,7 @@ class _Rasterize(torch.autograd.Function):
         given = [g for g in gradients if g is not None]
         with torch.no_grad():
             grads = _Rasterize.differentiate(ctx, *gradients)
-        return *_once(grads, *ctx.saved_tensors[:5], *given), *6 * (None,)
+        return *_once(grads, *ctx.saved_tensors[:5], *given), *7 * (None,)
 
     @staticmethod
     def differentiate(ctx, *gradients):
@@ -1124,7 +1135,7 @@ class _Rasterize(torch.autograd.Function):
                     end, pair_sums, sums, len(record), RECORD=RECORD, **ADD_PAIRS)
             grads = [torch.empty_like(x) for x in (means, quats, scales, opacities, colors)]
             _project_backward_kernel[(B * triton.cdiv(N, LANES["BLOCK"]),)](
-                means, quats, scales, opacities, c2w, fxfycxcy, rank, sums, *grads, V, N, H, W,
+                means, quats, scales, opacities, c2w, fxfycxcy, rank, sums, *grads, V, N, H, W, ctx.dilation,
                 GEOMETRY=geometry, RECORD=RECORD, **LANES)
         return grads
 
@@ -1146,6 +1157,7 @@ def rasterize(
     *,
     backend=None,  # "torch" | "triton" | None: triton for float32 on a GPU, torch otherwise
     deterministic=False,  # gradients with the same bits every time; on a CPU they always have
+    dilation=0.0,  # square pixels that every splat's covariance grows by, on the screen only: not its plane
 ):
     """Render (image, alpha, depth, median_depth, normal) of every object in every view: see this file's head.
 
@@ -1155,7 +1167,7 @@ def rasterize(
     if torch.compiler.is_compiling():  # lists whose lengths depend on the data are nothing for a compiler
         return torch.compiler.disable(rasterize)(
             means, quats, scales, opacities, colors, c2w, fxfycxcy, height, width, background,
-            backend=backend, deterministic=deterministic)
+            backend=backend, deterministic=deterministic, dilation=dilation)
     if not (torch.is_tensor(means) and means.ndim == 3 and means.shape[2] == 3):
         got = tuple(getattr(means, "shape", ())) or type(means)
         raise ValueError(f"means: wanted a tensor (B, N, 3), got {got}")
@@ -1171,6 +1183,9 @@ def rasterize(
         raise ValueError(f"height, width: wanted whole numbers, got {height!r} x {width!r}") from None
     if height < 1 or width < 1:
         raise ValueError(f"height, width: wanted at least 1 x 1, got {height} x {width}")
+    if not (isinstance(dilation, (int, float)) and 0 <= dilation < math.inf):
+        raise ValueError(f"dilation: wanted a number of at least 0, got {dilation!r}")
+    dilation = float(dilation)
     if not torch.is_tensor(background):
         try:
             red, green, blue = (float(color) for color in background)
@@ -1203,7 +1218,7 @@ def rasterize(
         if deterministic and means.is_cuda:
             raise ValueError("deterministic: on a GPU it needs float32 and backend 'triton'")
         with torch.autocast(means.device.type, enabled=False):
-            return _rasterize_torch(*inputs, height, width, background)
+            return _rasterize_torch(*inputs, height, width, background, dilation)
     if triton is None:
         raise ValueError("backend 'triton' was asked for, but triton is not installed")
     if not means.is_cuda and isinstance(_project_kernel, triton.JITFunction):
@@ -1214,4 +1229,4 @@ def rasterize(
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: wanted a constant, got a tensor that requires grad: detach it")
     inputs = [x.contiguous() for x in (*inputs, background)]
-    return Render(*_Rasterize.apply(*inputs, height, width, bool(deterministic)))
+    return Render(*_Rasterize.apply(*inputs, height, width, bool(deterministic), dilation))

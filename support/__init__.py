@@ -2,6 +2,7 @@
 
     shapes.py     the embedded base: its networks and how its file is read (experiments/make_shapes.py makes it)
     published.py  the published bases: where they are, how they are read, their text encoders
+    gaussiancube.py  GaussianCube's 3D U-Net, which no library has, and how its files are read
     scorers.py    the published 2D models that judge pictures
     metrics.py    what evaluations measure
     report.py     the page and the pictures that a run leaves

@@ -14,7 +14,7 @@ DATA = Path(__file__).parent / "data"
 PARAMETERS = ("means", "quats", "scales", "opacities", "colors")
 
 
-def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background=(1.0, 1.0, 1.0), margins=None):
+def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background=(1.0, 1.0, 1.0), margins=None, dilation=0.0):
     """Every Gaussian on every pixel, one view after another, textbook algebra: matrix inverses, no lists, no tiles.
 
     margins: a list that gets how close, relatively, a number comes to one of the formula's thresholds.
@@ -40,7 +40,7 @@ def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, backgrou
             v_ = (t[:, 1] / tz).clamp(-1.3 * H / 2 / fy, 1.3 * H / 2 / fy)
             zero = torch.zeros_like(u)
             J = torch.stack([torch.stack([fx / tz, zero, -fx * u / tz], -1), torch.stack([zero, fy / tz, -fy * v_ / tz], -1)], -2)
-            C = J @ S @ J.mT
+            C = J @ S @ J.mT + dilation * torch.eye(2).to(J)
             det = torch.linalg.det(C)
             ok = ok & (det > 1e-6)
             C = torch.where(ok[:, None, None], C, torch.eye(2).to(C))

@@ -269,7 +269,7 @@ def compile_all():
             kernel = getattr(splat, name)
             constants = {k: v for k, v in {**launch, "RECORD": splat.RECORD}.items() if k in kernel.arg_names}
             options = {k: v for k, v in launch.items() if k not in constants}
-            types = TYPES | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr")
+            types = TYPES | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr") | {"dilation": "fp32"}
             signature = {k: types.get(k, "*fp32") for k in kernel.arg_names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, (k, kind) in enumerate(signature.items())
                        if kind[0] == "*" or k in ("N", "H", "W")}
