@@ -216,6 +216,54 @@ def test_a_vp_base_as_a_flow_samples_the_same_objects(vp, sampler):
         assert close(ours, theirs, 1e-4)
 
 
+@pytest.mark.parametrize("matching", ["score", "kl", "eps"])
+def test_a_vp_base_as_a_flow_is_trained_the_same(vp, matching):
+    """The same transitions, scaled: reward gradient (E8), loss and its gradient in the LoRA, at all noise levels.
+
+    Scores are those of x / total, so that a match of them is scaled by the square of total; one of eps is not. The
+    weight w is 1: the paper's, alpha_s squared, is another one for a flow, whose alpha is alpha / total.
+    """
+    vp = copy.copy(vp)
+    vp.net = r2d3.add_lora(copy.deepcopy(vp.net), vp.lora_targets, 4, 0)
+    lora = [weight for name, weight in vp.net.named_parameters() if "lora_" in name]
+    with torch.no_grad():
+        for n, weight in enumerate(lora):
+            weight += 0.1 * torch.randn(weight.shape, generator=seeded(n))
+    i = torch.tensor([0, 4, 9, 14, 19])
+    cond, null = vp.encode(["a red cube"] * 5), vp.encode([""])
+    clean, noise, other, u = (torch.randn(5, *vp.latent_shape, generator=seeded(n)) for n in range(4))
+    schedule = vp.schedule("dpm", 20)
+    found = []
+    for base in (vp, AsFlow(vp)):
+        total = (schedule.alpha + schedule.sigma) if base is not vp else torch.ones(21)
+        x_t = r2d3.per_sample(schedule.alpha[i] / total[i], u) * clean + r2d3.per_sample(schedule.sigma[i] / total[i], u) * noise
+        x_s = (r2d3.per_sample(schedule.alpha[i + 1] / total[i + 1], u) * clean
+               + r2d3.per_sample(schedule.sigma[i + 1] / total[i + 1], u) * other)
+        own = base.schedule("dpm", 20)
+
+        def halves(x, t, base=base):
+            return r2d3.predict_both(base, x, t, cond, null, 3.0)
+
+        def reference(x, t, halves=halves):
+            with vp.net.disable_adapter():
+                return halves(x, t)
+
+        def guided(x, t, halves=halves):
+            return r2d3.guide(*halves(x, t), 3.0)
+
+        g, _ = r2d3.reward_gradient(guided, lambda x0: (x0 * u).flatten(1).sum(1), own, x_s, i + 1)
+        match, _ = r2d3.nabla_loss(halves, reference, own, x_t, i, torch.zeros_like(g), g, beta=0.3, matching=matching,
+                                   time_weight="none", guidance=3.0)
+        scale = r2d3.per_sample(total[i + 1], u)
+        match = match / scale.flatten() ** {"score": 2, "kl": 0, "eps": 0}[matching]
+        gradients = [torch.autograd.grad(one, lora, retain_graph=True) for one in match]
+        found.append((g / scale, match, [torch.cat([part.flatten() for part in parts]) for parts in gradients]))
+    assert all(close(ours, theirs, 1e-4) for ours, theirs in zip(found[1][0], found[0][0]))
+    assert all(close(ours, theirs, 2e-3) for ours, theirs in zip(found[1][1], found[0][1])) and (found[0][1] > 0).all()
+    for ours, theirs in zip(found[1][2], found[0][2]):
+        assert close(ours, theirs, 2e-3) and not close(1.05 * ours, theirs, 1e-2)
+
+
 # ---- DiffSplat on SD3.5 ------------------------------------------------------------------------------------
 
 
