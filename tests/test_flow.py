@@ -76,7 +76,7 @@ def test_tables_are_the_recorded_ones(grid):
 
 @pytest.mark.parametrize("steps", [8, 20, 28])
 def test_grids_are_the_published_ones(steps):
-    """Recorded from diffusers 0.32.2 and DiffSplat's own copies; the network is told 1000 sigma, which is not rounded."""
+    """Recorded from diffusers 0.32.2 and DiffSplat's own copies; the network is told 1000 sigma, not rounded."""
     for sampler, name in (("euler", "euler"), ("ddim", "euler"), ("dpm", "stockdpm")):
         schedule = NoiseSchedule.from_diffusers(sampler, steps, flow_shift=3.0)
         sigma = TABLES[f"{name}{steps}.sigmas"].double()
@@ -94,9 +94,10 @@ def test_grids_are_the_published_ones(steps):
 
 
 def test_steps_are_the_recorded_ones():
-    """Euler's, sde-dpmsolver++'s and ours on Euler's grid, with the recorded noise; float32: measured 5e-7 of the largest."""
+    """Euler's, sde-dpmsolver++'s and ours on Euler's grid, with the recorded noise; measured 5e-7 of the largest."""
     x, v, noise = (TABLES[f"step.{name}"] for name in ("x", "v", "noise"))
-    euler, ddim, dpm = (NoiseSchedule.from_diffusers(sampler, 20, flow_shift=3.0) for sampler in ("euler", "ddim", "dpm"))
+    euler, ddim, dpm = (NoiseSchedule.from_diffusers(sampler, 20, flow_shift=3.0)
+                        for sampler in ("euler", "ddim", "dpm"))
     for i in (0, 1, 9, 17, 18, 19):
         for schedule, name in ((euler, "euler20"), (ddim, "sde20"), (dpm, "stockdpm20")):
             mean, std = schedule.transition(x, v, i)
@@ -145,7 +146,8 @@ def test_the_score_depends_on_v_by_k():
     noisy, v = (1 - level) * clean + level * noise, noise - clean
     assert close(schedule.x0(noisy, v, i), clean, 1e-14)
     eps = NoiseSchedule(schedule.timesteps, schedule.alpha, schedule.sigma)
-    assert close(eps.x0(noisy, noise, i)[1:], clean[1:], 1e-12) and close(eps.k(i)[1:] * (1 - level[1:, 0]), schedule.k(i)[1:], 1e-12)
+    assert close(eps.x0(noisy, noise, i)[1:], clean[1:], 1e-12)
+    assert close(eps.k(i)[1:] * (1 - level[1:, 0]), schedule.k(i)[1:], 1e-12)
     for a, b in zip(eps.transition(noisy[1:], noise[1:], i[1:]), schedule.transition(noisy[1:], v[1:], i[1:])):
         assert close(a, b, 1e-12)
 
@@ -214,6 +216,54 @@ def test_a_vp_base_as_a_flow_samples_the_same_objects(vp, sampler):
     objects = [base.decode(path[-1] * factor) for base, path, factor in zip((vp, vp), paths, (1, scale[-1]))]
     for ours, theirs in zip(*objects):
         assert close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("matching", ["score", "kl", "eps"])
+def test_a_vp_base_as_a_flow_is_trained_the_same(vp, matching):
+    """The same transitions, scaled: reward gradient (E8), loss and its gradient in the LoRA, at all noise levels.
+
+    Scores are those of x / total, so that a match of them is scaled by the square of total; one of eps is not. The
+    weight w is 1: the paper's, alpha_s squared, is another one for a flow, whose alpha is alpha / total.
+    """
+    vp = copy.copy(vp)
+    vp.net = r2d3.add_lora(copy.deepcopy(vp.net), vp.lora_targets, 4, 0)
+    lora = [weight for name, weight in vp.net.named_parameters() if "lora_" in name]
+    with torch.no_grad():
+        for n, weight in enumerate(lora):
+            weight += 0.1 * torch.randn(weight.shape, generator=seeded(n))
+    i = torch.tensor([0, 4, 9, 14, 19])
+    cond, null = vp.encode(["a red cube"] * 5), vp.encode([""])
+    clean, noise, other, u = (torch.randn(5, *vp.latent_shape, generator=seeded(n)) for n in range(4))
+    schedule = vp.schedule("dpm", 20)
+    found = []
+    for base in (vp, AsFlow(vp)):
+        total = (schedule.alpha + schedule.sigma) if base is not vp else torch.ones(21)
+        alpha, sigma = schedule.alpha / total, schedule.sigma / total
+        x_t, x_s = (r2d3.per_sample(alpha[level], u) * clean + r2d3.per_sample(sigma[level], u) * some
+                    for level, some in ((i, noise), (i + 1, other)))
+        own = base.schedule("dpm", 20)
+
+        def halves(x, t, base=base):
+            return r2d3.predict_both(base, x, t, cond, null, 3.0)
+
+        def reference(x, t, halves=halves):
+            with vp.net.disable_adapter():
+                return halves(x, t)
+
+        def guided(x, t, halves=halves):
+            return r2d3.guide(*halves(x, t), 3.0)
+
+        g, _ = r2d3.reward_gradient(guided, lambda x0: (x0 * u).flatten(1).sum(1), own, x_s, i + 1)
+        match, _ = r2d3.nabla_loss(halves, reference, own, x_t, i, torch.zeros_like(g), g, beta=0.3, matching=matching,
+                                   time_weight="none", guidance=3.0)
+        scale = r2d3.per_sample(total[i + 1], u)
+        match = match / scale.flatten() ** {"score": 2, "kl": 0, "eps": 0}[matching]
+        gradients = [torch.autograd.grad(one, lora, retain_graph=True) for one in match]
+        found.append((g / scale, match, [torch.cat([part.flatten() for part in parts]) for parts in gradients]))
+    assert all(close(ours, theirs, 1e-4) for ours, theirs in zip(found[1][0], found[0][0]))
+    assert all(close(ours, theirs, 2e-3) for ours, theirs in zip(found[1][1], found[0][1])) and (found[0][1] > 0).all()
+    for ours, theirs in zip(found[1][2], found[0][2]):
+        assert close(ours, theirs, 2e-3) and not close(1.05 * ours, theirs, 1e-2)
 
 
 # ---- DiffSplat on SD3.5 ------------------------------------------------------------------------------------
@@ -366,8 +416,9 @@ def write_text(folder, tokenizers=True):
         tokenizer = Tokenizer(models.WordLevel(ids, "<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", end)])
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>" if pad == end else "<pad>", eos_token="<end>",
-                                unk_token="<unk>").save_pretrained(folder / f"tokenizer{suffix}")
+        special = {"pad_token": "<end>" if pad == end else "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        fast.save_pretrained(folder / f"tokenizer{suffix}")
     return folder
 
 
@@ -384,7 +435,8 @@ def test_text_is_the_recorded_one(texts, monkeypatch):
     for part, key in zip(encoder.parts, CLIPS):
         ids = dict(zip(prompts, d[f"ids_{key}"]))
         assert part.length == len(ids[""])
-        monkeypatch.setattr(part, "tokenizer", lambda ids=ids: lambda asked: (torch.stack([ids[p] for p in asked]), None))
+        tokens = lambda asked, ids=ids: (torch.stack([ids[prompt] for prompt in asked]), None)      # noqa: E731
+        monkeypatch.setattr(part, "tokenizer", lambda tokens=tokens: tokens)
     embeds, mask, pooled = encoder(prompts)
     assert mask is None and close(embeds, d["prompt_embeds"], 1e-4) and close(pooled, d["pooled"], 1e-5)
     assert close(embeds[:, :77], d["prompt_embeds"][:, :77], 1e-5) and (embeds[:, :77, 40:] == 0).all()
@@ -449,7 +501,8 @@ def test_the_published_network_fits():
         autoencoder = published.build(about["vae_config"] | {"_class_name": "AutoencoderKL"})
     assert {name: list(value.shape) for name, value in net.state_dict().items()} == REAL["shapes"]
     assert sum(weight.numel() for weight in net.parameters()) == REAL["parameters"] == 2_243_208_384
-    read = published.read_network(about["net_config"] | {"_class_name": "SD3TransformerMV2DModel", "in_channels": 16}, wanted, "here")
+    theirs = {"_class_name": "SD3TransformerMV2DModel", "in_channels": 16}
+    read = published.read_network(about["net_config"] | theirs, wanted, "here")
     assert read.config.in_channels == 22
     for change in ({"pos_embed.pos_embed": None}, {"transformer_blocks.0.attn2.to_q.weight": None},
                    {"proj_out.bias": torch.empty(63, device="meta")}):
@@ -467,19 +520,19 @@ def test_the_published_network_fits():
 
 
 def test_match_weights_of_a_flow():
-    """Every matching of v has the same zero, v* = v_ref - (beta w / k_v) g; "eps" and "v" compare what they are named for."""
+    """Every matching has the same zero, v* = v_ref - (beta w / k_v) g; "eps" and "v" compare what they say."""
     schedule, table = recorded("euler20")
     i = torch.arange(19)                                        # the last step has no score and is not trained
     for time_weight, power in (("squared", 2), ("none", 0)):
         target = 3.0 * schedule.alpha[i + 1] ** power / table["k_v"][:19]
-        for matching, want in (("v", torch.ones(19).double()), ("eps", 1 - table["sigma_t"][:19]), ("score", table["k_v"][:19]),
-                               ("kl", (table["k_v"] * table["std"])[:19])):
+        k, std, one = table["k_v"][:19], table["std"][:19], torch.ones(19).double()
+        for matching, want in (("v", one), ("eps", 1 - table["sigma_t"][:19]), ("score", k), ("kl", k * std)):
             c, weight = r2d3.match_weights(schedule, i, beta=3.0, matching=matching, time_weight=time_weight)
             assert c.isfinite().all() and weight.isfinite().all()
             assert close(c, want, 1e-12) and (weight - want * target).abs().max() < 1e-12 * want.max()
     everywhere = r2d3.match_weights(schedule, torch.arange(20), beta=3.0, matching="v", time_weight="squared")[1]
     assert everywhere.isfinite().all() and everywhere[-1] == 0
-    vp = NoiseSchedule.from_diffusers("dpm", 20)                # and a VP base seen as a flow is weighed in eps as it was
+    vp = NoiseSchedule.from_diffusers("dpm", 20)                # and a VP base seen as a flow is weighed as it was
     total = vp.alpha + vp.sigma
     same = NoiseSchedule(vp.timesteps, vp.alpha / total, vp.sigma / total, prediction="v")
     i = torch.arange(20)
@@ -554,8 +607,9 @@ def small_clip(monkeypatch):
     def clip(*unused, dim=768, **more):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return open_clip.model.CLIP(dim, {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14},
-                                        {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}).eval()
+            vision = {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14}
+            text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+            return open_clip.model.CLIP(dim, vision, text).eval()
 
     load = published.load
     monkeypatch.setattr(published, "load", lambda *args: load(*args) | {"eval_size": 28})
@@ -568,15 +622,17 @@ def test_the_whole_job(small_clip, tmp_path, capsys):
     folder, out = write_base(tmp_path / "weights"), tmp_path / "run"
     (tmp_path / "train.txt").write_text("a red lamp\na blue cube\na lamp with two arms")
     (tmp_path / "test.txt").write_text("a red cube")
-    common = ["--base", NAME, "--weights", folder, "--reward", "colorfulness", "--out", out, "--prompts", tmp_path / "train.txt",
-              "--test-prompts", tmp_path / "test.txt", "--batch-size", 2, "--steps", 4, "--view-size", 16, "--views", 2,
+    common = ["--base", NAME, "--weights", folder, "--reward", "colorfulness", "--out", out,
+              "--prompts", tmp_path / "train.txt", "--test-prompts", tmp_path / "test.txt",
+              "--batch-size", 2, "--steps", 4, "--view-size", 16, "--views", 2,
               "--samples-per-prompt", 1, "--fraction", 0.6, "--device", "cpu"]
     assert run(*common, "--epochs", 1) == 0, capsys.readouterr().err
     assert run(*common, "--epochs", 2, "--resume") == 0, capsys.readouterr().err
     config = json.loads((out / "config.json").read_text())["config"]
     assert (config["guidance"], config["matching"], config["sampler"], config["lora_rank"]) == (5.0, "v", "dpm", 16)
     state = torch.load(out / "checkpoint/state.pt", weights_only=True)
-    trained = {name.split(".lora_B")[0] for name, value in state["lora"].items() if "lora_B" in name and value.abs().max() > 0}
+    trained = {name.split(".lora_B")[0] for name, value in state["lora"].items()
+               if "lora_B" in name and value.abs().max() > 0}
     layers = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out proj_out".split()
     assert {layer for layer in layers if any(name.endswith(f".{layer}") for name in trained)} == set(layers)
     assert all(name.endswith(tuple(f".{layer}" for layer in layers)) for name in trained)
@@ -608,13 +664,15 @@ def test_damaged_folders(tmp_path, capsys):
 
     key = "transformer_blocks.0.attn.add_q_proj.weight"
     for name, change in (("pos_embed.pos_embed", None), (key, None), (key, whole[key][:-1])):
-        kept = {other: value for other, value in whole.items() if other != name} | ({} if change is None else {name: change})
+        kept = {other: value for other, value in whole.items() if other != name}
+        kept |= {} if change is None else {name: change}
         assert "do not fit SD3Transformer" in error(kept) and name in error(kept)
     mask = torch.zeros_like(whole["pos_embed.proj.weight"][:, :1])
     image = {"pos_embed.proj.weight": torch.cat([whole["pos_embed.proj.weight"], mask], 1)}
     assert "takes 23 channels; diffsplat-sd35 takes 16 of the latent and 6 of Pluecker rays" in error(whole | image)
     save_file(whole, file)
-    assert r2d3.load_base(r2d3.resolve(r2d3.Config(base=NAME, weights=str(folder), device="cpu")), "cpu").guidance == 5.0
+    config = r2d3.resolve(r2d3.Config(base=NAME, weights=str(folder), device="cpu"))
+    assert r2d3.load_base(config, "cpu").guidance == 5.0
     place = folder / "gsdiff_gobj83k_sd35m__render"
     place.rename(folder / "gsdiff_gobj83k_sd35m_image__render")
     assert run("--base", NAME, "--weights", folder, "--out", tmp_path / "out", "--device", "cpu") == 2
@@ -638,7 +696,8 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path, capsys):
     (repo, patterns), = asked
     names = ["gsvae_gobj265k_sd", "gsvae_gobj265k_sdxl_fp16", "gsvae_gobj265k_sd3", "gsdiff_gobj83k_sd15__render",
              "gsdiff_gobj83k_sd35m__render", "gsdiff_gobj83k_sd35m_image__render", "gsrecon_gobj265k_cnp_even4"]
-    files = [f"{name}/checkpoints/013020/{part}" for name in names for part in ("model.safetensors", "transformer_ema/config.json")]
+    files = [f"{name}/checkpoints/013020/{part}" for name in names
+             for part in ("model.safetensors", "transformer_ema/config.json")]
     taken = {file.split("/")[0] for file in files if any(fnmatch(file, pattern) for pattern in patterns)}
     assert repo == "chenguolin/DiffSplat" and taken == {"gsvae_gobj265k_sd3", "gsdiff_gobj83k_sd35m__render"}
 
