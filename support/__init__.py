@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import io
 import json
 import math
@@ -27,6 +28,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+def hide_hub_kernels() -> None:
+    """Keep transformers from taking our folder kernels/ for the Hugging Face package of the same name.
+
+    Where that package is installed, transformers sees its version and imports names from `kernels`, which are not in
+    ours. So it is told that there is no such package, before it loads any model. Without the package nothing is done.
+    """
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    from transformers import utils
+    for module in (utils, utils.import_utils):
+        module.is_kernels_available = lambda *args, **options: False
+
+
+hide_hub_kernels()
 
 
 class UserError(ValueError):

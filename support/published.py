@@ -453,12 +453,22 @@ class SD3TextEncoder:
         return torch.stack(rows).to(self.device), None, pooled.to(self.device)
 
 
+def hpsv2_package():
+    """The package hpsv2, of which we use a table of file names and the benchmark's prompt lists. ImportError: not installed.
+
+    Only here is it imported, and only when it is asked for: it pins old versions of pytest and protobuf, so that some will
+    want to do without it.
+    """
+    import hpsv2.utils
+    return hpsv2
+
+
 def benchmark_prompts(style: str) -> list[str]:
     """A style of the HPDv2 benchmark, from its package, which fetches the lists."""
     if style not in ("photo", "anime", "concept-art", "paintings"):
         raise UserError(f"--prompts hpdv2:{style}: the styles are photo, anime, concept-art and paintings")
     with fetching("the HPDv2 benchmark prompts", "1 MB"):
-        import hpsv2
+        hpsv2 = hpsv2_package()
         return [" ".join(prompt.split()) for prompt in hpsv2.benchmark_prompts(style)]
 
 

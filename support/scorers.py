@@ -103,9 +103,10 @@ class HPSv2(nn.Module):
         """The published weights of "v2.1" or "v2.0", fetched from the Hugging Face hub on first use."""
         path = None
         if not untrained:
-            from hpsv2.utils import hps_version_map
             from huggingface_hub import hf_hub_download
-            path = hf_hub_download("xswu/HPSv2", hps_version_map[version])
+
+            from support.published import hpsv2_package
+            path = hf_hub_download("xswu/HPSv2", hpsv2_package().utils.hps_version_map[version])
         return cls(load_clip("ViT-H-14", path, device, checkpoint)).eval().requires_grad_(False)
 
     too_long = staticmethod(too_long)
