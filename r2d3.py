@@ -1589,9 +1589,9 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     prompts = load_prompts(config.prompts)
     home = config.run if config.run and os.path.isdir(config.run) else "runs"
     folder = Path(config.out or f"{home}/samples")
+    check_writable(folder)                                      # what cannot be written fails before the work
     config, base, schedule = load_tuned(resolve(config, "sample"), base)
     written = []
-    check_writable(folder)
     run.prepare(base, None, prompts, config.prompts)
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt] * config.samples_per_prompt)

@@ -458,10 +458,10 @@ def identify(base, reward: str) -> dict:
 
 def changed(before: dict | None, now: dict) -> str | None:
     """What is not as it was, in words; None if all is, or if nobody knows (an older run)."""
-    if not isinstance(before, dict) or before.keys() != now.keys():
+    if not isinstance(before, dict) or not isinstance(before.get("reward"), dict):
         return None
-    if before["weights"] != now["weights"]:
-        return "the weights of the base"
+    if before.get("weights") != now["weights"]:
+        return "the base, by its weights,"
     files = {path for path, digest in before["reward"].items() if now["reward"].get(path) != digest}
     files |= now["reward"].keys() - before["reward"].keys()
     return f"the reward's file {min(files)}" if files else None
