@@ -1256,7 +1256,7 @@ def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[tor
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             score, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
-        u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
+        u = run.gradient(job.config.reward, score, part) if gradient else torch.zeros_like(part)
         parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
     score, coverage, u = (torch.cat(each) for each in zip(*parts))
     run.check_finite(job.config.reward, score, u)

@@ -111,6 +111,7 @@ def several_lines(render, prompts):
     (lambda render, prompts: render.image.detach().mean((2, 3, 4)).numpy(), "returned a ndarray"),
     (lambda render, prompts: 1.0, "returned a float"),
     (lambda render, prompts: None, "returned a NoneType"),
+    (lambda render, prompts: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "returned a Tensor"),
     (lambda render, prompts: render.image.mean((2, 3, 4)) * 1j, "wanted real numbers"),
     (lambda render, prompts: render.image.mean((2, 3, 4)).to_sparse(), "wanted real numbers"),
     (lambda render, prompts: render.image.mean((1, 2, 3, 4)), "returned (2,); wanted (objects, views), here (2, 3)"),
@@ -119,7 +120,7 @@ def several_lines(render, prompts):
     (lambda render, prompts: render.image.mean((2, 3, 4)) / 0, "not finite: [inf, inf, inf] for 'a'; mend it"),
     (lambda render, prompts: sys.exit(), "it called sys.exit(None) (test_robust.py, line"),
     (several_lines, "ValueError: first second xxx"),
-], ids=range(11))
+], ids=range(12))
 def test_what_a_reward_returns_is_checked_at_the_door(function, words):
     with pytest.raises(UserError) as caught:
         run.call_reward(function, "mine", pictures(), ["a", "b"])
@@ -208,8 +209,11 @@ COMPARES_VIEWS = """def score(render, prompts):
 @pytest.mark.parametrize("text, words", [
     ("def score(render, prompts):\n    return render.image.mean((2, 3, 4)) * float('nan')", "is not finite"),
     ("def score(render, prompts):\n    return (render.image.mean((2, 3, 4)) * 0).sqrt()", "has a gradient that is not finite"),
+    ("def score(render, prompts):\n    s = render.image ** 2\n    render.image.mul_(0)\n    return s.mean((2, 3, 4))", "has no gradient"),
+    ("import torch\nW = torch.ones((), requires_grad=True)\ndef score(render, prompts):\n    return W * torch.ones(1, 2)",
+     "has no gradient"),
     (COMPARES_VIEWS, None),
-], ids=("value", "gradient", "compares views"))
+], ids=("value", "gradient", "in place", "unconnected", "compares views"))
 def test_the_trial_call_finds_it_before_the_work(home, tmp_path, monkeypatch, text, words):
     """With the views and the size of the run, through decoder and renderer: before anything is sampled or measured."""
     (tmp_path / "it.py").write_text(text, encoding="utf-8")
