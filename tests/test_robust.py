@@ -857,6 +857,33 @@ def test_the_spread_of_fid_is_that_of_its_resamples(monkeypatch):
     assert far == pytest.approx(metrics.frechet_distance(*(m.fid_features.flatten(0, 2) for m in (big[0], big[2]))).item(), rel=1e-3)
 
 
+def test_stopped_in_an_epoch_and_resumed_is_never_stopped(home, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of the second epoch of three; what comes out in the end is the same to the bit."""
+    monkeypatch.setattr(r2d3, "measure", lambda *args: measurement())
+    monkeypatch.setattr(r2d3, "write_report", lambda *args: None)
+    real, states = r2d3.train_epoch, []
+
+    def interrupted(job, prompts, optimizer, epoch, history):
+        for row in real(job, prompts, optimizer, epoch, history):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            yield row
+
+    for out, stop in (("whole", False), ("stopped", True)):
+        config = tiny(home, tmp_path / out, epochs=3, updates_per_epoch=2)
+        if stop:
+            monkeypatch.setattr(r2d3, "train_epoch", interrupted)
+            assert ended(lambda: r2d3.train(config)) == 130
+            assert "keeps all finished epochs" in capsys.readouterr().err
+            monkeypatch.setattr(r2d3, "train_epoch", real)
+            config = dataclasses.replace(config, resume=True)
+        r2d3.train(config)
+        states.append(torch.load(tmp_path / out / "checkpoint/state.pt", weights_only=True))
+    assert states[0]["lora"].keys() == states[1]["lora"].keys() and states[0]["epoch"] == 3
+    assert all(torch.equal(value, states[1]["lora"][name]) for name, value in states[0]["lora"].items())
+    assert max(value.abs().max() for name, value in states[0]["lora"].items() if "lora_B" in name) > 0
+
+
 # ---- security, and what else holds -----------------------------------------------------------------------------
 
 
