@@ -1256,7 +1256,7 @@ def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[tor
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             score, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
-        u = torch.autograd.grad(score.sum(), part)[0] if gradient else torch.zeros_like(part)
+        u = run.gradient(job.config.reward, score, part) if gradient else torch.zeros_like(part)
         parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
     score, coverage, u = (torch.cat(each) for each in zip(*parts))
     run.check_finite(job.config.reward, score, u)
@@ -1589,9 +1589,9 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     prompts = load_prompts(config.prompts)
     home = config.run if config.run and os.path.isdir(config.run) else "runs"
     folder = Path(config.out or f"{home}/samples")
+    check_writable(folder)                                      # what cannot be written fails before the work
     config, base, schedule = load_tuned(resolve(config, "sample"), base)
     written = []
-    check_writable(folder)
     run.prepare(base, None, prompts, config.prompts)
     for n, prompt in enumerate(prompts):
         cond = base.encode([prompt] * config.samples_per_prompt)

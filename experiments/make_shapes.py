@@ -605,7 +605,7 @@ def write_asset(path: Path, base: r2d3.DiffSplat, text: torch.nn.Module, quality
     about = {"net": NET, "vae": VAE, "vocab": VOCAB, "max_length": MAX_LENGTH, "prediction_type": "v_prediction",
              "guidance": base.guidance, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE, "tower": {}, "normal": {}}
     try:
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip()
     except OSError:                                                                                # no git here
         commit = "unknown"
     r2d3.write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),

@@ -311,7 +311,7 @@ def ceilings(device):
 
 def provenance(device):
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    commit = subprocess.run(git, capture_output=True, encoding="utf-8").stdout.strip() or None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"gpu": gpu, "cpu": platform.machine(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "triton": triton and triton.__version__,
@@ -531,7 +531,7 @@ FIRST = ["--reward", "aesthetic"]
 def r2d3(arguments, limit):
     """(exit code or None for a limit that was reached, seconds, output) of `python r2d3.py`."""
     begun = time.perf_counter()
-    child = subprocess.Popen([sys.executable, str(ROOT / "r2d3.py"), *arguments], cwd=ROOT, text=True,
+    child = subprocess.Popen([sys.executable, str(ROOT / "r2d3.py"), *arguments], cwd=ROOT, encoding="utf-8",
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     try:
         output, code = child.communicate(timeout=limit)[0], child.returncode

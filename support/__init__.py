@@ -108,6 +108,9 @@ def check_writable(*folders: Path) -> None:
     UserError: a file is in the way, the disk is full, the folder is read-only.
     """
     for folder in folders:
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is a file, where a folder should be written; remove it or name another folder")
         probe = folder / f"probe{os.getpid()}"
         write_atomic(probe, b"0" * 4096)
         probe.unlink()

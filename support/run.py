@@ -45,6 +45,8 @@ def load_prompts(spec: str) -> list[str]:
             lines = Path(spec).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"the prompt file {spec} is not UTF-8 text; write one prompt a line") from None
+        except OSError as error:
+            raise UserError(f"the prompt file {spec} cannot be read ({error.strerror})") from None
         for number, line in enumerate(lines, 1):
             if len(line) > MAX_PROMPT:
                 raise UserError(f"{spec}, line {number}: a prompt of {len(line)} characters ({brief(line, 60)}); write one "
@@ -172,7 +174,7 @@ def call_reward(function: Callable, title: str, render, prompts: list[str]) -> t
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {title} failed: {what_failed(error)}") from error
     wanted = tuple(render.image.shape[:2])
-    if not isinstance(score, torch.Tensor):
+    if not isinstance(score, torch.Tensor) or score.is_nested:
         raise UserError(f"--reward {title} returned a {type(score).__name__}; wanted a torch.Tensor (objects, views), here "
                         f"{wanted}")
     if tuple(score.shape) != wanted:
@@ -188,6 +190,17 @@ def call_reward(function: Callable, title: str, render, prompts: list[str]) -> t
         blame = "the model has diverged" if not render.image[bad].isfinite().all() else "mend it for such pictures"
         raise UserError(f"--reward {title} is not finite: {score[bad].tolist()} for {brief(prompts[bad], 100)!r}; {blame}")
     return score
+
+
+def gradient(title: str, score: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """That of the summed scores of a reward, like the latents. UserError: autograd cannot follow it."""
+    try:
+        return torch.autograd.grad(score.sum(), latents)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"--reward {title} has no gradient ({brief(error)}); does it change its pictures in place, or is it "
+                        "not made from them?") from error
 
 
 def check_finite(title: str, score: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -458,10 +471,10 @@ def identify(base, reward: str) -> dict:
 
 def changed(before: dict | None, now: dict) -> str | None:
     """What is not as it was, in words; None if all is, or if nobody knows (an older run)."""
-    if not isinstance(before, dict) or before.keys() != now.keys():
+    if not isinstance(before, dict) or not isinstance(before.get("reward"), dict):
         return None
-    if before["weights"] != now["weights"]:
-        return "the weights of the base"
+    if before.get("weights") != now["weights"]:
+        return "the base, by its weights,"
     files = {path for path, digest in before["reward"].items() if now["reward"].get(path) != digest}
     files |= now["reward"].keys() - before["reward"].keys()
     return f"the reward's file {min(files)}" if files else None

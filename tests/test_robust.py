@@ -111,6 +111,7 @@ def several_lines(render, prompts):
     (lambda render, prompts: render.image.detach().mean((2, 3, 4)).numpy(), "returned a ndarray"),
     (lambda render, prompts: 1.0, "returned a float"),
     (lambda render, prompts: None, "returned a NoneType"),
+    (lambda render, prompts: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "returned a Tensor"),
     (lambda render, prompts: render.image.mean((2, 3, 4)) * 1j, "wanted real numbers"),
     (lambda render, prompts: render.image.mean((2, 3, 4)).to_sparse(), "wanted real numbers"),
     (lambda render, prompts: render.image.mean((1, 2, 3, 4)), "returned (2,); wanted (objects, views), here (2, 3)"),
@@ -119,7 +120,7 @@ def several_lines(render, prompts):
     (lambda render, prompts: render.image.mean((2, 3, 4)) / 0, "not finite: [inf, inf, inf] for 'a'; mend it"),
     (lambda render, prompts: sys.exit(), "it called sys.exit(None) (test_robust.py, line"),
     (several_lines, "ValueError: first second xxx"),
-], ids=range(11))
+], ids=range(12))
 def test_what_a_reward_returns_is_checked_at_the_door(function, words):
     with pytest.raises(UserError) as caught:
         run.call_reward(function, "mine", pictures(), ["a", "b"])
@@ -183,12 +184,12 @@ def test_another_reward_file_is_refused_on_resume(own, home):
 def test_the_weights_belong_to_a_run(capsys, own):
     base = fresh_base()
     now = run.identify(base, "dnc")
-    assert run.changed(now, run.identify(fresh_base().__class__ and base, "dnc")) is None
+    assert run.changed(now, run.identify(fresh_base(), "dnc")) is None
     with torch.no_grad():
         next(base.vae.parameters()).mul_(1.1)
     other = run.identify(base, "dnc")
-    assert run.changed(now, other) == "the weights of the base"
-    with pytest.raises(UserError, match="the weights of the base is not what there began with"):
+    assert run.changed(now, other) == "the base, by its weights,"
+    with pytest.raises(UserError, match="the base, by its weights, is not what there began with"):
         run.check_identity(base, "dnc", Path("there"), {"identity": now}, 1)
     assert run.check_identity(base, "dnc", Path("there"), {}, 1) == other        # a run from before there were hashes
     run.warn_if_changed(str(own[0]), base, "dnc")
@@ -208,8 +209,11 @@ COMPARES_VIEWS = """def score(render, prompts):
 @pytest.mark.parametrize("text, words", [
     ("def score(render, prompts):\n    return render.image.mean((2, 3, 4)) * float('nan')", "is not finite"),
     ("def score(render, prompts):\n    return (render.image.mean((2, 3, 4)) * 0).sqrt()", "has a gradient that is not finite"),
+    ("def score(render, prompts):\n    s = render.image ** 2\n    render.image.mul_(0)\n    return s.mean((2, 3, 4))", "has no gradient"),
+    ("import torch\nW = torch.ones((), requires_grad=True)\ndef score(render, prompts):\n    return W * torch.ones(1, 2)",
+     "has no gradient"),
     (COMPARES_VIEWS, None),
-], ids=("value", "gradient", "compares views"))
+], ids=("value", "gradient", "in place", "unconnected", "compares views"))
 def test_the_trial_call_finds_it_before_the_work(home, tmp_path, monkeypatch, text, words):
     """With the views and the size of the run, through decoder and renderer: before anything is sampled or measured."""
     (tmp_path / "it.py").write_text(text, encoding="utf-8")
@@ -498,7 +502,7 @@ def test_what_cannot_be_written_fails_before_the_work(base, tmp_path, monkeypatc
     for command, out in ((r2d3.sample, "file"), (r2d3.evaluate, "file"), (r2d3.evaluate, "out")):
         with pytest.raises(UserError) as caught:
             command(r2d3.Config(prompts="a red cube", out=str(tmp_path / out), device="cpu"))
-        assert str(tmp_path / out) in one_line(caught) and "name another" in str(caught.value)
+        assert str(tmp_path / out) in one_line(caught) and "name another folder" in str(caught.value)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -587,7 +591,7 @@ def test_encoded_prompts_that_cannot_be_kept(text_encoder, capsys):
 
 def test_the_encoding_of_text_files_is_named():
     """In r2d3.py, kernels and support, and where experiments read or write: no locale decides what a file holds."""
-    for path in (ROOT / "r2d3.py", *ROOT.glob("support/*.py"), ROOT / "experiments/compare.py"):
+    for path in (ROOT / "r2d3.py", *(path for folder in ("support", "kernels", "experiments") for path in ROOT.glob(f"{folder}/*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
@@ -851,6 +855,33 @@ def test_the_spread_of_fid_is_that_of_its_resamples(monkeypatch):
     monkeypatch.setattr(metrics, "FID_DRAWS_WIDE", 1)
     far = metrics.fid_draws(*big, torch.arange(40)[None])[0, 0]
     assert far == pytest.approx(metrics.frechet_distance(*(m.fid_features.flatten(0, 2) for m in (big[0], big[2]))).item(), rel=1e-3)
+
+
+def test_stopped_in_an_epoch_and_resumed_is_never_stopped(home, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of the second epoch of three; what comes out in the end is the same to the bit."""
+    monkeypatch.setattr(r2d3, "measure", lambda *args: measurement())
+    monkeypatch.setattr(r2d3, "write_report", lambda *args: None)
+    real, states = r2d3.train_epoch, []
+
+    def interrupted(job, prompts, optimizer, epoch, history):
+        for row in real(job, prompts, optimizer, epoch, history):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            yield row
+
+    for out, stop in (("whole", False), ("stopped", True)):
+        config = tiny(home, tmp_path / out, epochs=3, updates_per_epoch=2)
+        if stop:
+            monkeypatch.setattr(r2d3, "train_epoch", interrupted)
+            assert ended(lambda: r2d3.train(config)) == 130
+            assert "keeps all finished epochs" in capsys.readouterr().err
+            monkeypatch.setattr(r2d3, "train_epoch", real)
+            config = dataclasses.replace(config, resume=True)
+        r2d3.train(config)
+        states.append(torch.load(tmp_path / out / "checkpoint/state.pt", weights_only=True))
+    assert states[0]["lora"].keys() == states[1]["lora"].keys() and states[0]["epoch"] == 3
+    assert all(torch.equal(value, states[1]["lora"][name]) for name, value in states[0]["lora"].items())
+    assert max(value.abs().max() for name, value in states[0]["lora"].items() if "lora_B" in name) > 0
 
 
 # ---- security, and what else holds -----------------------------------------------------------------------------
