@@ -150,7 +150,9 @@ def twice(backend, device="cpu"):
 
 
 def thin(backend, device="cpu"):
-    """Errors of the gradients by each axis of flat Gaussians, as shares of the largest by any scale."""
+    """Errors of the gradients by means, quats and scales, as shares of the largest: flat ones, and needles that are
+    a hundredth of a pixel wide.
+    """
     found = {}
     for flat in (2.5e-4, 1e-7) if SLOW else (2.5e-4, 1e-5, 1e-7):
         inputs = small(device, B=1, N=8, V=1 if SLOW else 2, size=0.3, flat=flat, seed=3)
@@ -159,6 +161,12 @@ def thin(backend, device="cpu"):
             ours = differentiate(inputs, 8, 8, fields, backend=backend)[1]
             found[f"{flat} {fields[0]}"] = [
                 ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[:3], exact[:3], strict=True)]
+    inputs = small(device, B=1, N=8, V=1 if SLOW else 2, size=0.3, seed=3)
+    inputs[2][..., 1:] *= 0.003
+    inputs[3][:] = 0.9
+    exact = differentiate([x.double() for x in inputs], 12, 12, backend="torch")[1]
+    ours = differentiate(inputs, 12, 12, backend=backend)[1]
+    found["needles"] = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[:3], exact[:3], strict=True)]
     return found
 
 
@@ -279,12 +287,15 @@ def test_second_derivatives_raise(found):
         assert value is True if " " not in name else "cannot be differentiated again" in value, (name, value)
 
 
-def test_gradients_of_flat_gaussians(found):
-    """Measured worst: means 5.1e-5, quats 6.3e-5, scales 2.8e-6; before it was 1.6e-4, 6.9e-3 and 8.3."""
+def test_gradients_of_flat_gaussians_and_needles(found):
+    """Measured worst: means 5.1e-5, quats 8.2e-5, scales 2.8e-6, of needles 7.7e-5. With moments of dx, dy, and a
+    gradient of the thinnest scale's own, it was 1.6e-4, 6.9e-3 and 8.3, and of the needles' scales 1.1e-3.
+    """
     errors = found("thin")
     print(errors)
     for name, (means, quats, scales) in errors.items():
-        assert means < 2e-4 and quats < 2e-4 and scales < 1e-5, (name, means, quats, scales)
+        worst = 3e-4 if name == "needles" else 1e-5
+        assert means < 5e-4 and quats < 5e-4 and scales < worst, (name, means, quats, scales)
 
 
 def test_an_opacity_of_1_255_is_seen(found):
