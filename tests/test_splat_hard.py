@@ -186,7 +186,7 @@ def threshold(backend, device="cpu"):
 
 
 def adversary(seed, most=10, side=20):
-    """A random scene, hard in a random way, its picture's size, and which of its Gaussians are not finite."""
+    """A random scene, hard in a random way, its picture's size and dilation, and which Gaussians are not finite."""
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     pick = lambda *options: options[int(rand(1) * len(options))]  # noqa: E731
@@ -205,12 +205,13 @@ def adversary(seed, most=10, side=20):
     near = rand(B, N) < 0.2  # beside the camera, in front of it and behind
     means[near] = (c2w[:, 0, None, :3, 3] + rand(B, N, 3) - 0.5)[near]
     dead = rand(B, N) < pick(0.0, 0.3)
-    return [means, quats, scales, opacities, colors, c2w, fxfycxcy], H, W, dead, generator
+    dilation = pick(0.0, 0.0, 0.3, 2.0)
+    return [means, quats, scales, opacities, colors, c2w, fxfycxcy], H, W, dilation, dead, generator
 
 
 def fuzz(seed, dtype, backend, **size):
     """(largest error of the outputs, of the gradients, margin): shares of the largest value of each."""
-    inputs, H, W, dead, generator = adversary(seed, **size)
+    inputs, H, W, dilation, dead, generator = adversary(seed, **size)
     ours = [x.to(dtype, copy=True) for x in inputs]
     inputs[3] = torch.where(dead, 0.0, inputs[3])
     for b, n in dead.nonzero().tolist():
@@ -218,11 +219,11 @@ def fuzz(seed, dtype, backend, **size):
         bad = (NAN, INF, -INF)[int(torch.randint(3, (), generator=generator))]
         ours[which][b, n] = bad
     margins, leaves = [], [x.requires_grad_(n < 5) for n, x in enumerate(inputs)]
-    want = dense(*leaves, H, W, margins=margins)
+    want = dense(*leaves, H, W, margins=margins, dilation=dilation)
     weights = weights_like(want, seed)
     want_grads = torch.autograd.grad(sum((a * w).sum() for a, w in zip(want, weights, strict=True)), leaves[:5],
                                      materialize_grads=True)
-    got, grads = differentiate(ours, H, W, weights=weights, backend=backend)
+    got, grads = differentiate(ours, H, W, weights=weights, backend=backend, dilation=dilation)
     off = lambda a, b: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()  # noqa: E731
     assert not any(x[dead].any() for x in grads), seed
     assert all(x.isfinite().all() for x in (*got, *grads)), seed
@@ -356,7 +357,21 @@ def test_under_torch_compile():
         assert torch.allclose(a, 2 * b, rtol=1e-5, atol=1e-5 * b.abs().max())
 
 
+def test_render_says_what_is_not_finite(capsys):
+    import r2d3
+    means, quats, scales, opacities, colors, c2w, fxfycxcy = small()
+    gaussians = r2d3.Gaussians(means, scales, quats, opacities, colors)
+    want = r2d3.render(gaussians, c2w, fxfycxcy, 8)
+    assert capsys.readouterr().err == ""
+    broken = gaussians._replace(means=gaussians.means.index_fill(1, torch.tensor([0]), NAN))
+    for _ in range(2):
+        got = r2d3.render(broken, c2w, fxfycxcy, 8)
+    assert got.image.isfinite().all() and not torch.equal(got.image, want.image)
+    assert capsys.readouterr().err.count("that are not finite") == 1
+
+
 @pytest.mark.parametrize("options, message", [
+    (dict(dilation="0.3"), "dilation: wanted a number of at least 0"),
     (dict(height=16.0), "height, width: wanted whole numbers, got 16.0 x 8"),
     (dict(width="8"), "height, width: wanted whole numbers, got 8 x '8'"),
     (dict(width=0), "at least 1 x 1, got 8 x 0"),
