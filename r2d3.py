@@ -396,7 +396,7 @@ def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backe
     space. Splats are widened on the screen by the variance `dilation`, in squared sides of the picture.
     """
     g = gaussians
-    say_not_finite("the Gaussians that the base makes (what has such a number is left out of the pictures)", g)
+    say_not_finite("the Gaussians that the base makes, which are left out of the pictures,", g)
     return rasterize(g.means, g.quats, g.scales, g.opacities, g.colors, c2w.to(g.means), fxfycxcy.to(g.means),
                      size, size, backend=backend, dilation=dilation * size ** 2)
 

@@ -3,7 +3,9 @@
 Each check takes a backend. The Triton ones run in Triton's interpreter in a child process of this file
 (`python tests/test_splat_hard.py`), and on a GPU where there is one.
 """
+import ast
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -401,6 +403,18 @@ def test_sizes_and_backgrounds_that_are_fine():
     for size, background in (((np.int64(8), torch.tensor(9)), np.array([0, 0.5, 1])),
                              ((8, 9), torch.tensor([0, 0.5, 1], dtype=torch.float64))):
         assert torch.equal(rasterize(*inputs, *size, background).image, want.image)
+
+
+@pytest.mark.parametrize("name", ["splat", "matching"])
+def test_a_file_can_be_lifted_on_its_own(name, tmp_path):
+    """Copied alone into an empty folder it is imported: torch and triton are all it needs."""
+    source = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
+    (tmp_path / "lifted.py").write_text(source, encoding="utf-8")
+    imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert {top.split(".")[0] for top in imported} - set(sys.stdlib_module_names) == {"torch", "triton"}
+    spec = importlib.util.spec_from_file_location("lifted", tmp_path / "lifted.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def keys():
