@@ -84,7 +84,7 @@ from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
 from support import (UserError, check_writable, cli, gaussiancube, metrics, published, report, run, say,
-                     scorers, shapes, to_bytes, to_json, write_atomic)
+                     say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
 from support.metrics import Features, Measurement
 from support.published import join_views
 from support.run import frozen, load_lora, load_prompts, phase
@@ -396,6 +396,7 @@ def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backe
     space. Splats are widened on the screen by the variance `dilation`, in squared sides of the picture.
     """
     g = gaussians
+    say_not_finite("the Gaussians that the base makes, which are left out of the pictures,", g)
     return rasterize(g.means, g.quats, g.scales, g.opacities, g.colors, c2w.to(g.means), fxfycxcy.to(g.means),
                      size, size, backend=backend, dilation=dilation * size ** 2)
 

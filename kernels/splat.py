@@ -1038,7 +1038,7 @@ if triton is not None:
 
 def _tile_lists_triton(order, box, pairs, tiles_x, tiles):
     """From `order` [rows], what is seen, front to back: row [pairs], the members of each tile's list, nearest
-    first, tile by tile; slot [pairs], where each was before the sort by tiles; start [tiles + 1] of each list;
+    first, tile by tile; slot [pairs], where it was before the sort by tiles; start [tiles + 1] of the lists;
     end [rows], where the pairs of each row end in slot's order.
     """
     rows, new = len(order), dict(device=order.device)

@@ -23,7 +23,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -71,6 +71,17 @@ def say(line: str) -> None:
     """One line that people should see, on stderr; of several processes the first one says it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"r2d3: {line}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    say(line)
+
+
+def say_not_finite(what: str, tensors: Iterable[Tensor]) -> None:
+    """One line, once, if there are numbers in `tensors` that are not finite. On a GPU the host waits to know."""
+    if sum((~tensor.detach().isfinite()).sum() for tensor in tensors):
+        say_once(f"there are numbers in {what} that are not finite")
 
 
 @functools.cache

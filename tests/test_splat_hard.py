@@ -3,7 +3,9 @@
 Each check takes a backend. The Triton ones run in Triton's interpreter in a child process of this file
 (`python tests/test_splat_hard.py`), and on a GPU where there is one.
 """
+import ast
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -150,7 +152,9 @@ def twice(backend, device="cpu"):
 
 
 def thin(backend, device="cpu"):
-    """Errors of the gradients by each axis of flat Gaussians, as shares of the largest by any scale."""
+    """Errors of the gradients by means, quats and scales, as shares of the largest: flat ones, and needles that are
+    a hundredth of a pixel wide.
+    """
     found = {}
     for flat in (2.5e-4, 1e-7) if SLOW else (2.5e-4, 1e-5, 1e-7):
         inputs = small(device, B=1, N=8, V=1 if SLOW else 2, size=0.3, flat=flat, seed=3)
@@ -159,6 +163,12 @@ def thin(backend, device="cpu"):
             ours = differentiate(inputs, 8, 8, fields, backend=backend)[1]
             found[f"{flat} {fields[0]}"] = [
                 ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[:3], exact[:3], strict=True)]
+    inputs = small(device, B=1, N=8, V=1 if SLOW else 2, size=0.3, seed=3)
+    inputs[2][..., 1:] *= 0.003
+    inputs[3][:] = 0.9
+    exact = differentiate([x.double() for x in inputs], 12, 12, backend="torch")[1]
+    ours = differentiate(inputs, 12, 12, backend=backend)[1]
+    found["needles"] = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[:3], exact[:3], strict=True)]
     return found
 
 
@@ -178,7 +188,7 @@ def threshold(backend, device="cpu"):
 
 
 def adversary(seed, most=10, side=20):
-    """A random scene, hard in a random way, its picture's size, and which of its Gaussians are not finite."""
+    """A random scene, hard in a random way, its picture's size and dilation, and which Gaussians are not finite."""
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     pick = lambda *options: options[int(rand(1) * len(options))]  # noqa: E731
@@ -197,12 +207,13 @@ def adversary(seed, most=10, side=20):
     near = rand(B, N) < 0.2  # beside the camera, in front of it and behind
     means[near] = (c2w[:, 0, None, :3, 3] + rand(B, N, 3) - 0.5)[near]
     dead = rand(B, N) < pick(0.0, 0.3)
-    return [means, quats, scales, opacities, colors, c2w, fxfycxcy], H, W, dead, generator
+    dilation = pick(0.0, 0.0, 0.3, 2.0)
+    return [means, quats, scales, opacities, colors, c2w, fxfycxcy], H, W, dilation, dead, generator
 
 
 def fuzz(seed, dtype, backend, **size):
     """(largest error of the outputs, of the gradients, margin): shares of the largest value of each."""
-    inputs, H, W, dead, generator = adversary(seed, **size)
+    inputs, H, W, dilation, dead, generator = adversary(seed, **size)
     ours = [x.to(dtype, copy=True) for x in inputs]
     inputs[3] = torch.where(dead, 0.0, inputs[3])
     for b, n in dead.nonzero().tolist():
@@ -210,11 +221,11 @@ def fuzz(seed, dtype, backend, **size):
         bad = (NAN, INF, -INF)[int(torch.randint(3, (), generator=generator))]
         ours[which][b, n] = bad
     margins, leaves = [], [x.requires_grad_(n < 5) for n, x in enumerate(inputs)]
-    want = dense(*leaves, H, W, margins=margins)
+    want = dense(*leaves, H, W, margins=margins, dilation=dilation)
     weights = weights_like(want, seed)
     want_grads = torch.autograd.grad(sum((a * w).sum() for a, w in zip(want, weights, strict=True)), leaves[:5],
                                      materialize_grads=True)
-    got, grads = differentiate(ours, H, W, weights=weights, backend=backend)
+    got, grads = differentiate(ours, H, W, weights=weights, backend=backend, dilation=dilation)
     off = lambda a, b: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()  # noqa: E731
     assert not any(x[dead].any() for x in grads), seed
     assert all(x.isfinite().all() for x in (*got, *grads)), seed
@@ -279,12 +290,15 @@ def test_second_derivatives_raise(found):
         assert value is True if " " not in name else "cannot be differentiated again" in value, (name, value)
 
 
-def test_gradients_of_flat_gaussians(found):
-    """Measured worst: means 5.1e-5, quats 6.3e-5, scales 2.8e-6; before it was 1.6e-4, 6.9e-3 and 8.3."""
+def test_gradients_of_flat_gaussians_and_needles(found):
+    """Measured worst: means 5.1e-5, quats 8.2e-5, scales 2.8e-6, of needles 7.7e-5. With moments of dx, dy, and a
+    gradient of the thinnest scale's own, it was 1.6e-4, 6.9e-3 and 8.3, and of the needles' scales 1.1e-3.
+    """
     errors = found("thin")
     print(errors)
     for name, (means, quats, scales) in errors.items():
-        assert means < 2e-4 and quats < 2e-4 and scales < 1e-5, (name, means, quats, scales)
+        worst = 3e-4 if name == "needles" else 1e-5
+        assert means < 5e-4 and quats < 5e-4 and scales < worst, (name, means, quats, scales)
 
 
 def test_an_opacity_of_1_255_is_seen(found):
@@ -345,7 +359,21 @@ def test_under_torch_compile():
         assert torch.allclose(a, 2 * b, rtol=1e-5, atol=1e-5 * b.abs().max())
 
 
+def test_render_says_what_is_not_finite(capsys):
+    import r2d3
+    means, quats, scales, opacities, colors, c2w, fxfycxcy = small()
+    gaussians = r2d3.Gaussians(means, scales, quats, opacities, colors)
+    want = r2d3.render(gaussians, c2w, fxfycxcy, 8)
+    assert capsys.readouterr().err == ""
+    broken = gaussians._replace(means=gaussians.means.index_fill(1, torch.tensor([0]), NAN))
+    for _ in range(2):
+        got = r2d3.render(broken, c2w, fxfycxcy, 8)
+    assert got.image.isfinite().all() and not torch.equal(got.image, want.image)
+    assert capsys.readouterr().err.count("that are not finite") == 1
+
+
 @pytest.mark.parametrize("options, message", [
+    (dict(dilation="0.3"), "dilation: wanted a number of at least 0"),
     (dict(height=16.0), "height, width: wanted whole numbers, got 16.0 x 8"),
     (dict(width="8"), "height, width: wanted whole numbers, got 8 x '8'"),
     (dict(width=0), "at least 1 x 1, got 8 x 0"),
@@ -375,6 +403,18 @@ def test_sizes_and_backgrounds_that_are_fine():
     for size, background in (((np.int64(8), torch.tensor(9)), np.array([0, 0.5, 1])),
                              ((8, 9), torch.tensor([0, 0.5, 1], dtype=torch.float64))):
         assert torch.equal(rasterize(*inputs, *size, background).image, want.image)
+
+
+@pytest.mark.parametrize("name", ["splat", "matching"])
+def test_a_file_can_be_lifted_on_its_own(name, tmp_path):
+    """Copied alone into an empty folder it is imported: torch and triton are all it needs."""
+    source = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
+    (tmp_path / "lifted.py").write_text(source, encoding="utf-8")
+    imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert {top.split(".")[0] for top in imported} - set(sys.stdlib_module_names) == {"torch", "triton"}
+    spec = importlib.util.spec_from_file_location("lifted", tmp_path / "lifted.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def keys():
