@@ -1,6 +1,7 @@
 """Make the embedded base `shapes` from nothing: data, autoencoder, judges, denoiser, measured quality.
 
-    python experiments/make_shapes.py                                    # hours on two cores; stops and goes on at will
+    python experiments/make_shapes.py                                    # hours on a core; stops and goes on at will
+    python experiments/make_shapes.py --minutes 90                       # training ends by the clock
     python experiments/make_shapes.py --quick                            # a smoke test, in runs/quick_shapes
 
 Every stage leaves its result in the work folder and is skipped when that is there, so a stopped run goes on where it
@@ -10,7 +11,7 @@ was (training goes on from a checkpoint that is at most two minutes old). Stages
     ae        the 12-channel autoencoder (diffusers AutoencoderKL), one view at a time
     judges    the image-text tower and the normal estimator, trained on renders of the same splats
     denoiser  the text-to-3D diffusion model (diffusers PixArtTransformer2DModel with multi-view attention), EMA
-    quality   60 unseen prompts x 4 samples, named by the tower; the picture experiments/results/shapes.png
+    quality   90 unseen prompts: named by the tower, spread, histograms, geometry; experiments/results/shapes.png
 """
 
 import argparse
@@ -36,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 import r2d3  # noqa: E402
 from support import report, shapes  # noqa: E402
 
-GRID = 40                                   # splats along a view's side
+GRID = 32                                   # splats along a view's side
 SCALE_RANGE, DEPTH_SCALE = (0.002, 0.06), 0.5
 HUES = {"red": 0, "orange": 27, "yellow": 53, "green": 120, "cyan": 182, "blue": 224, "purple": 278, "gray": None}
 SHAPES = ["sphere", "cube", "cylinder", "cone", "ring", "pill", "cross", "diamond"]
@@ -433,6 +434,26 @@ def draw_scenes(data: dict, rows: list[int], rng: random.Random, seen: bool | No
     return paint(turned(data["traced"], rows, quarters), [[part[1] for part in named] for named in every], rng), every
 
 
+def start_from(module: torch.nn.Module, path: Path | None, *names: str) -> None:
+    """Begin with an earlier edition's weights, where it has some of the same name and size; words go by their name."""
+    if path is None:
+        return
+    state, about = r2d3.load_weights(path)
+    own = module.state_dict()
+    known = ["", *json.loads(about["config"])["vocab"]]
+    for key, value in own.items():
+        old = next((state[f"{name}{key}"] for name in names if f"{name}{key}" in state), None)
+        if old is None:
+            continue
+        if key.endswith("words.weight"):
+            for row, word in enumerate(["", *VOCAB]):
+                if word in known:
+                    value[row] = old[known.index(word)]
+        elif old.shape[1:] == value.shape[1:] and len(old) <= len(value):
+            value[:len(old)] = old                                  # fewer positions than now: the first ones
+    module.load_state_dict(own)
+
+
 class Stage:
     """A training loop that can be stopped: step counter, learning rate, checkpoint, EMA.
 
@@ -489,7 +510,7 @@ class Stage:
 
 
 VAE = {"in_channels": 12, "out_channels": 12, "down_block_types": ["DownEncoderBlock2D"] * 3,
-       "up_block_types": ["UpDecoderBlock2D"] * 3, "block_out_channels": [32, 64, 96], "layers_per_block": 1,
+       "up_block_types": ["UpDecoderBlock2D"] * 3, "block_out_channels": [32, 64, 64], "layers_per_block": 1,
        "latent_channels": 8, "norm_num_groups": 8, "sample_size": GRID, "mid_block_add_attention": False}
 CHANNEL_WEIGHTS = torch.tensor([2.0] * 3 + [1.0] * 3 + [1.0] * 4 + [1.0] + [4.0]).view(12, 1, 1)
 
@@ -504,7 +525,7 @@ def reconstruction_loss(out: Tensor, grid: Tensor) -> Tensor:
 def picture_loss(out: Tensor, grids: Tensor, generator: torch.Generator) -> Tensor:
     """L1 between pictures of decoded and of true splats (n, 4, 12, GRID, GRID), one random view of each object."""
     cameras = random_cameras(len(grids), generator)
-    true, seen = (r2d3.render(splats(each), *cameras, 80) for each in (grids, out))
+    true, seen = (r2d3.render(splats(each), *cameras, 64) for each in (grids, out))
     return (seen.image - true.image).abs().mean() + (seen.alpha - true.alpha).abs().mean()
 
 
@@ -514,11 +535,12 @@ def random_cameras(count: int, generator: torch.Generator) -> tuple[Tensor, Tens
     return r2d3.orbit(r2d3.ELEVATION + 40 * u[0] - 20, 360 * u[1]), r2d3.intrinsics(count, 1)
 
 
-def train_autoencoder(work: Path, make: Callable, steps: int, minutes: float) -> torch.nn.Module:
+def train_autoencoder(work: Path, make: Callable, steps: int, minutes: float, start: Path | None) -> torch.nn.Module:
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE)
-    stage = Stage(work, "ae", vae, steps, minutes, 1.5e-3, ema=0.999)
+    start_from(vae, start, "vae.")
+    stage = Stage(work, "ae", vae, steps, minutes, 1.5e-3 if start is None else 7e-4, ema=0.998)
     data = make() if stage.progress < 1 else None
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -589,11 +611,12 @@ def agrees(parts: list[Part], said: list[Part]) -> bool:
                                            for true, word in zip(part, words))
 
 
-def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shapes.ImageTextTower:
+def train_tower(work: Path, pictures: dict, steps: int, minutes: float, start: Path | None) -> shapes.ImageTextTower:
     """Contrastive: every picture finds its caption in the batch's, and among its own with one word changed."""
     torch.manual_seed(1)
     tower = shapes.ImageTextTower(shapes.WordTable(VOCAB, TOWER["dim"], MAX_LENGTH), **TOWER)
-    stage = Stage(work, "tower", tower, steps, minutes, 2e-3, ema=0.998)
+    start_from(tower, start, "tower.")
+    stage = Stage(work, "tower", tower, steps, minutes, 1.5e-3, ema=0.998)
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
         rows = rng.choices(range(len(pictures["parts"])), k=64)
@@ -627,10 +650,11 @@ def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shape
     return tower
 
 
-def train_normals(work: Path, pictures: dict, steps: int, minutes: float) -> shapes.NormalEstimator:
+def train_normals(work: Path, pictures: dict, steps: int, minutes: float, start: Path | None) -> shapes.NormalEstimator:
     """Cosine loss on the object's pixels."""
     torch.manual_seed(2)
     estimator = shapes.NormalEstimator()
+    start_from(estimator, start, "normal.")
     stage = Stage(work, "normal", estimator, steps, minutes, 2e-3, ema=0.998)
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -648,11 +672,11 @@ def train_normals(work: Path, pictures: dict, steps: int, minutes: float) -> sha
 # ---- Denoiser ------------------------------------------------------------------------------------------------------
 
 NET = {"sample_size": GRID // 4, "patch_size": 2, "in_channels": 14, "out_channels": 8, "num_layers": 6,
-       "num_attention_heads": 5, "attention_head_dim": 32, "cross_attention_dim": 160, "caption_channels": 64,
+       "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128, "caption_channels": 64,
        "interpolation_scale": 1, "use_additional_conditions": False}
 # A sampler of few steps loses spread: each step ends at the mean of what it may still become, not at one of it. Of a
-# Gaussian's standard deviation 20 steps on DiffSplat's levels leave 0.84 to 0.87; 30 steps on these leave 0.92 to 0.94.
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0005, "beta_end": 0.012}
+# Gaussian's standard deviation 20 steps on DiffSplat's levels leave 0.84 to 0.87; 30 steps on these leave 0.91 to 0.93.
+BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.012}
 STEPS, GUIDANCE = 30, 1.0
 
 
@@ -666,7 +690,8 @@ def make_latents(work: Path, make: Callable, vae: torch.nn.Module, times: int) -
     for _ in range(times):
         for start in tqdm(range(0, len(data["scenes"]), 32), desc="latents"):
             grids, parts = draw_scenes(data, list(range(start, min(start + 32, len(data["scenes"])))), rng, True)
-            latents.append(vae.encode(grids.flatten(0, 1)).latent_dist.mode().unflatten(0, (-1, 4)).half())
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(vae.encode(grids.flatten(0, 1)).latent_dist.mode().unflatten(0, (-1, 4)).half())
             every += parts
     out = {"latents": torch.cat(latents), "parts": every}
     r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(out, file)))
@@ -704,12 +729,14 @@ def attention_in_float32() -> Iterator[None]:
         F.scaled_dot_product_attention = stock
 
 
-def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, minutes: float) -> tuple:
+def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, minutes: float,
+                   start: Path | None) -> tuple:
     from diffusers import DDIMScheduler
     every = latents["latents"].float()
     mean, std = every.mean((0, 1, 3, 4)), every.std((0, 1, 3, 4))
     base, module = new_base(vae, mean, std)
-    stage = Stage(work, "denoiser", module, steps, minutes, 1.2e-3, ema=0.9993)
+    start_from(module, start, "", "text.")
+    stage = Stage(work, "denoiser", module, steps, minutes, 1.2e-3 if start is None else 8e-4, ema=0.999)
     alphas, batch = DDIMScheduler(**BETAS).alphas_cumprod.sqrt(), 32
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -733,59 +760,160 @@ def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, 
 # ---- Quality: measured, drawn, written into the file ----------------------------------------------------------------
 
 
-def parse_caption(text: str) -> list[tuple[str, str, str]]:
-    """The inverse of caption()."""
-    words = [part.split()[1:] for part in text.split(" on ")]
-    return [(part[0] if len(part) == 3 else "", *part[-2:]) for part in words]
+@torch.no_grad()
+def observe(base: r2d3.DiffSplat, gaussians: r2d3.Gaussians) -> dict[str, Tensor]:
+    """What the judges see of n objects from the four canonical views: picture (n, 4, 3, 64, 64), the rest (n,)."""
+    out = r2d3.render(gaussians, *r2d3.input_cameras(len(gaussians.means)), 64)
+    rewards = {"colorfulness": r2d3.colorfulness, "dnc": r2d3.depth_normal_consistency,
+               "normal": r2d3.normal_agreement(base.normals)}
+    return {"picture": out.image} | {name: reward(out, []).mean(1) for name, reward in rewards.items()}
+
+
+def joined(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 @torch.no_grad()
-def sample_pictures(base: r2d3.DiffSplat, prompts: list[str], guidance: float, size: int = 64) -> Tensor:
-    """(n, 4, 3, size, size)"""
-    schedule, pictures = r2d3.NoiseSchedule.from_diffusers("dpm", 20), []
-    for start in tqdm(range(0, len(prompts), 60), desc=f"sampling, guidance {guidance}"):
-        cond = base.encode(prompts[start:start + 60])
-        x0 = r2d3.rollout(base, schedule, cond, base.encode([""]), guidance, r2d3.seeded(4, start)).x[:, -1]
-        pictures.append(r2d3.render(base.decode(x0), *r2d3.input_cameras(len(x0)), size).image)
-    return torch.cat(pictures)
+def observe_samples(base: r2d3.DiffSplat, prompts: list[str], guidance: float, steps: int) -> dict[str, Tensor]:
+    """One sample per prompt, observed."""
+    schedule, seen = r2d3.NoiseSchedule.from_diffusers("dpm", steps, **base.betas), []
+    for start in tqdm(range(0, len(prompts), 60), desc=f"samples, guidance {guidance}, {steps} steps"):
+        some = prompts[start:start + 60]
+        generators = [r2d3.seeded(4, start + n) for n in range(len(some))]
+        x0 = r2d3.rollout(base, schedule, base.encode(some), base.encode([""]), guidance, generators).x[:, -1]
+        seen.append(observe(base, base.decode(x0)))
+    return joined(seen)
 
 
 @torch.no_grad()
-def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str]) -> dict:
-    """What is claimed of the base, on scenes and combinations that training has not seen."""
-    grids, parts = draw_scenes(held_out, list(range(len(held_out["scenes"]))), random.Random("held out"), None)
+def observe_truth(base: r2d3.DiffSplat, prompts: list[str], rng: random.Random) -> dict[str, dict[str, Tensor]]:
+    """One true scene per prompt, what is left open drawn as in the data: its own splats, and those of its latent."""
+    named = [fill_in(parse_caption(prompt), rng) for prompt in prompts]
+    data = trace_all([place([(size, shape) for size, _, shape in parts], rng) for parts in named])
+    seen = {"true": [], "decoded": []}
+    for start in range(0, len(prompts), 60):
+        rows = slice(start, start + 60)
+        grids = paint({key: tensor[rows] for key, tensor in data["traced"].items()},
+                      [[part[1] for part in parts] for parts in named[rows]], rng)
+        seen["true"].append(observe(base, splats(grids)))
+        seen["decoded"].append(observe(base, splats(reconstruct(base.vae, grids))))
+    return {name: joined(chunks) for name, chunks in seen.items()}
+
+
+@torch.no_grad()
+def name_objects(tower: shapes.ImageTextTower, pictures: Tensor, said: list[list[Part]]) -> list[list[tuple[str, str]]]:
+    """The tower's first choice of all 64 (color, shape) for every object. pictures (n, V, 3, H, W), their prompts."""
+    seen = tower.image(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1)
+    every, words = [(color, shape) for color in HUES for shape in SHAPES], {}
+    for key in {(tuple(parts), slot) for parts in said for slot in range(len(parts))}:
+        words[key] = tower.text([renamed(list(key[0]), key[1], *pair) for pair in every])
+    return [[every[(words[tuple(parts), slot] @ vector).argmax()] for slot in range(len(parts))]
+            for vector, parts in zip(seen, said)]
+
+
+def named_right(names: list[list[tuple[str, str]]], said: list[list[Part]]) -> float:
+    """Share of the objects of which all that is said is so."""
+    right = [all(not word or word == name for word, name in zip(part[1:], pair))
+             for pairs, parts in zip(names, said) for pair, part in zip(pairs, parts)]
+    return sum(right) / len(right)
+
+
+def histogram(names: list[list[tuple[str, str]]], said: list[list[Part]], which: int) -> dict[str, float]:
+    """How often each colour (which = 0) or shape (1) was named where the prompt leaves it open."""
+    counts = dict.fromkeys((list(HUES), SHAPES)[which], 0)
+    for pairs, parts in zip(names, said):
+        for pair, part in zip(pairs, parts):
+            if not part[1 + which]:
+                counts[pair[which]] += 1
+    return {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
+
+
+def spread(values: Tensor, each: int) -> float:
+    """Standard deviation within a prompt, averaged over prompts; `each` objects of a prompt follow each other."""
+    return values.unflatten(0, (-1, each)).std(1).mean().item()
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Of pictures (n, V, 3, H, W) in [0, 1]: per object, then averaged over objects; decibels."""
+    return (-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).mean().item()
+
+
+@torch.no_grad()
+def measure_autoencoder(base: r2d3.DiffSplat, held_out: dict) -> dict:
+    """Errors on the objects' splats in [-1, 1], and how the pictures at 128 pixels differ, on scenes never trained on."""
+    rng = random.Random("held out")
+    grids, parts = draw_scenes(held_out, list(range(len(held_out["scenes"]))), rng, None)
     again = reconstruct(base.vae, grids)
     error, inside = (again - grids).abs(), (grids[:, :, 10:11] > 0).float()
-    mean_error = {name: ((error[:, :, a:b] * inside).sum() / inside.sum() / (b - a)).item() for name, a, b in
-                  (("rgb", 0, 3), ("scale", 3, 6), ("rotation", 6, 10), ("opacity", 10, 11), ("depth", 11, 12))}
-    true = r2d3.render(splats(grids), *r2d3.input_cameras(len(grids)), 64)
-    estimate = base.normals(true.image.flatten(0, 1)).unflatten(0, true.image.shape[:2])
-    mask = (true.alpha > 0.5)[:, :, 0]
-    cosine = (estimate * true.normal).sum(2)[mask].clamp(-1, 1)
-    named = {str(guidance): named_right(base.tower, sample_pictures(base, prompts, guidance),
-                                        [parse_caption(prompt) for prompt in prompts]) for guidance in (1.0, 2.0, 3.0)}
-    return {"autoencoder_error_on_objects": mean_error,
-            "named_right_true_pictures": named_right(base.tower, true.image, parts),
-            "named_right_decoded": named_right(base.tower, r2d3.render(
-                splats(again), *r2d3.input_cameras(len(grids)), 64).image, parts),
-            "named_right_samples_by_guidance": named, "samples": len(prompts),
-            "normal_error_degrees": cosine.arccos().rad2deg().mean().item()}
+    channels = {"rgb": (0, 3), "scale": (3, 6), "rotation": (6, 10), "opacity": (10, 11), "depth": (11, 12)}
+    out = {"error_on_objects": {name: ((error[:, :, a:b] * inside).sum() / inside.sum() / (b - a)).item()
+                                for name, (a, b) in channels.items()}}
+    some = slice(0, 64)
+    true, seen = (r2d3.render(splats(each[some]), *r2d3.input_cameras(len(each[some])), 128) for each in (grids, again))
+    scenes = held_out["scenes"][:24]                                # against exact pictures, which take longer
+    traced = trace(scenes, (torch.arange(128) + 0.5) / 128 - 0.5)
+    colors = [[rng.choice(list(HUES)) for _ in scene["parts"]] for scene in scenes]
+    exact = colored(traced, colors, random.Random(0)).movedim(-1, 2)
+    grids = paint(trace(scenes), colors, random.Random(0))
+    pictures = [r2d3.render(splats(each), *r2d3.input_cameras(len(each)), 128).image
+                for each in (grids, reconstruct(base.vae, grids))]
+    return out | {"psnr_decoded_to_true": psnr(seen.image, true.image), "psnr_true_to_traced": psnr(pictures[0], exact),
+                  "psnr_decoded_to_traced": psnr(pictures[1], exact)}
 
 
-def write_asset(path: Path, base: r2d3.DiffSplat, text: torch.nn.Module, quality: dict) -> None:
+def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str], each: int) -> dict:
+    """All that is claimed of the base, on prompts, scenes and combinations that training has not seen."""
+    quality = {"guidance": base.guidance, "steps": STEPS, "autoencoder": measure_autoencoder(base, held_out),
+               "named_right": {}, "spread_of_colorfulness": {}, "dnc": {}, "normal": {}}
+    for kind in ("closed", "open", "hard"):
+        repeated = [prompt for prompt in prompts if group(parse_caption(prompt)) == kind for _ in range(each)]
+        said = [parse_caption(prompt) for prompt in repeated]
+        seen = observe_truth(base, repeated, random.Random(kind))
+        seen["samples"] = observe_samples(base, repeated, base.guidance, STEPS)
+        names = {source: name_objects(base.tower, values["picture"], said) for source, values in seen.items()}
+        for key in ("dnc", "normal"):
+            quality[key][kind] = {source: values[key].mean().item() for source, values in seen.items()}
+        spreads = {source: spread(values["colorfulness"], each) for source, values in seen.items()}
+        quality["named_right"][kind] = {source: named_right(names[source], said) for source in seen}
+        quality["spread_of_colorfulness"][kind] = spreads | {"share": spreads["samples"] / spreads["true"]}
+        if kind == "open":
+            rng = random.Random("open")
+            drawn = [[part[1:] for part in fill_in(parts, rng)] for _ in range(20) for parts in said]
+            for which, key in enumerate(("colors", "shapes")):
+                data = histogram(drawn, said * 20, which)
+                quality[f"open_{key}"] = {"data": data}
+                for source in ("true", "samples"):
+                    seen_as = histogram(names[source], said, which)
+                    quality[f"open_{key}"] |= {source: seen_as, f"total_variation_{source}": sum(
+                        abs(seen_as[name] - share) for name, share in data.items()) / 2}
+    quality |= {"prompts": len(prompts), "samples_per_prompt": each, "elsewhere": []}
+    few = max(2, each // 2)                                         # other settings, on some of the closed prompts
+    repeated = [prompt for prompt in prompts if group(parse_caption(prompt)) == "closed" for _ in range(few)][:15 * few]
+    true = spread(observe_truth(base, repeated, random.Random(1))["true"]["colorfulness"], few)
+    for guidance, steps in ((1.0, 20), (1.5, 20), (2.0, 20)):
+        seen = observe_samples(base, repeated, guidance, steps)
+        said = [parse_caption(prompt) for prompt in repeated]
+        quality["elsewhere"].append({"guidance": guidance, "steps": steps, "prompts": len(repeated) // few, "closed":
+                                     named_right(name_objects(base.tower, seen["picture"], said), said),
+                                     "share_of_spread": spread(seen["colorfulness"], few) / true})
+    return quality
+
+
+def write_file(path: Path, parts: dict[str, torch.nn.Module], mean: Tensor, std: Tensor, quality: dict) -> None:
+    """The base: networks in half precision, how they are made, and what was measured of them."""
     from safetensors.torch import save
-    parts = {"net": base.net, "vae": base.vae, "text": text, "tower": base.tower, "normal": base.normals}
     state = {f"{name}.{key}": value.half().contiguous() for name, part in parts.items()
              for key, value in part.state_dict().items()}
-    state |= {"latent_mean": base.latent_mean.flatten(), "latent_std": base.latent_std.flatten()}
+    state |= {"latent_mean": mean.flatten(), "latent_std": std.flatten()}
     about = {"net": NET, "vae": VAE, "vocab": VOCAB, "max_length": MAX_LENGTH, "prediction_type": "v_prediction",
-             "guidance": base.guidance, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE, "tower": {}, "normal": {}}
+             "guidance": GUIDANCE, "betas": BETAS, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
+             "tower": TOWER, "normal": {}}
     try:
         commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:                                                                                # no git here
-        commit = "unknown"
+        commit = ""
     r2d3.write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),
-                                         "source": f"experiments/make_shapes.py at commit {commit}"}))
+                                         "source": f"experiments/make_shapes.py at commit {commit or 'unknown'}"}))
 
 
 def main() -> None:
@@ -794,39 +922,54 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the file to make; support/shapes.safetensors")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: tests the script, not the model")
     parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this stage")
+    parser.add_argument("--start", type=Path, help="an earlier edition to go on from; left out: from nothing")
     parser.add_argument("--minutes", type=float, default=math.inf, help="let the training end by the clock; any number")
     args = parser.parse_args()
     args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
     args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "support/shapes.safetensors")
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": 2, "prompts": 2} if args.quick else
-            {"data": 3000, "held_out": 200, "ae": 12000, "pictures": 5, "tower": 5000, "normal": 3000, "latents": 9,
+            {"data": 3000, "held_out": 200, "ae": 12000, "pictures": 3, "tower": 5000, "normal": 3000, "latents": 5,
              "denoiser": 24000, "samples": 24, "prompts": 30})
     minutes = {stage: share * args.minutes for stage, share in
-               {"ae": 0.27, "tower": 0.07, "normal": 0.04, "denoiser": 0.62}.items()}
+               {"ae": 0.30, "tower": 0.09, "normal": 0.03, "denoiser": 0.58}.items()}
     write_prompts()
-    vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"], minutes["ae"])
+    vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"], minutes["ae"],
+                            args.start)
     if args.until == "ae":
         return
     pictures = make_pictures(args.work, lambda: make_data(args.work, size["data"], 0), vae, size["pictures"])
-    tower = train_tower(args.work, pictures, size["tower"], minutes["tower"])
-    normals = train_normals(args.work, pictures, size["normal"], minutes["normal"])
+    tower = train_tower(args.work, pictures, size["tower"], minutes["tower"], args.start)
+    normals = train_normals(args.work, pictures, size["normal"], minutes["normal"], args.start)
     if args.until == "judges":
         return
     latents = make_latents(args.work, lambda: make_data(args.work, size["data"], 0), vae, size["latents"])
-    base, module = train_denoiser(args.work, latents, vae, size["denoiser"], minutes["denoiser"])
+    base, module = train_denoiser(args.work, latents, vae, size["denoiser"], minutes["denoiser"], args.start)
     if args.until == "denoiser":
         return
-    base.tower, base.normals = tower, normals
-    prompts = r2d3.load_prompts(str(ROOT / "prompts/shapes_test.txt"))[:size["prompts"]]
-    quality = measure_quality(base, make_data(args.work, size["held_out"], 1),
-                              [prompt for prompt in prompts for _ in range(size["samples"])])
-    write_asset(args.out, base, module["text"], quality)
-    pictures = sample_pictures(base, prompts, base.guidance, 112)[:, 0]
-    picture = args.out if args.quick else ROOT / "experiments/results/shapes"
-    r2d3.write_atomic(picture.with_suffix(".png"), report.png(report.labelled(pictures, prompts, columns=10)))
+    parts = {"net": base.net, "vae": vae, "text": module["text"], "tower": tower, "normal": normals}
+    training = {name: {key: state[key] for key in ("step", "seconds", "loss")} for name in minutes
+                for state in [torch.load(args.work / f"{name}.pt", weights_only=True)]}
+    write_file(args.out, parts, base.latent_mean, base.latent_std, {})
+    base = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(args.out))), "cpu")      # what is in the file is measured
+    prompts = r2d3.load_prompts(str(ROOT / "prompts/shapes_test.txt"))[:3 * size["prompts"]]
+    quality = measure_quality(base, make_data(args.work, size["held_out"], 1), prompts, size["samples"])
+    quality["training"] = training
+    write_file(args.out, parts, base.latent_mean, base.latent_std, quality)
+    draw_grid(base, prompts, args.out if args.quick else ROOT / "experiments/results/shapes")
     print(json.dumps(quality, indent=1))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+
+
+@torch.no_grad()
+def draw_grid(base: r2d3.DiffSplat, prompts: list[str], path: Path) -> None:
+    """One sample of every test prompt: closed, open, hard, a block each."""
+    schedule = r2d3.NoiseSchedule.from_diffusers("dpm", STEPS, **base.betas)
+    prompts = sorted(prompts, key=lambda prompt: ("closed", "open", "hard").index(group(parse_caption(prompt))))
+    generators = [r2d3.seeded(5, n) for n in range(len(prompts))]
+    x0 = r2d3.rollout(base, schedule, base.encode(prompts), base.encode([""]), base.guidance, generators).x[:, -1]
+    pictures = r2d3.render(base.decode(x0), *r2d3.input_cameras(len(x0)), 144).image[:, 0]
+    r2d3.write_atomic(path.with_suffix(".png"), report.png(report.labelled(pictures, prompts, columns=10)))
 
 
 if __name__ == "__main__":
