@@ -129,7 +129,7 @@ def test_the_other_choices_tilt_by_another_amount(grid, prior, squared, identity
 
 
 @pytest.mark.parametrize("grid, estimator, matching", [
-    (vp, "step", "v"), (vp, "sample", "v"), (vp, "sample", "kl"), (flow, "sample", "v")])
+    (vp, "step", "eps"), (vp, "sample", "eps"), (vp, "sample", "kl"), (flow, "sample", "v")])
 def test_a_small_network_gets_there(grid, estimator, matching):
     """The whole method in thirty lines: roll out, ask for the gradient, match; then the mean has moved as beta says."""
     schedule, B = grid(), 256
