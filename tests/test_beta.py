@@ -177,3 +177,32 @@ def test_a_small_network_gets_there(grid, estimator, matching):
         moved, after = moments(schedule, eps)
     assert (moved - mean) / (beta * variance) == pytest.approx(1, abs=0.05)
     assert after == pytest.approx(variance, rel=0.05)               # a linear reward leaves the spread as it was
+
+
+def test_beta_in_standard_deviations_of_the_reward(tmp_path, capsys):
+    """--beta 2sd is 2 over the spread of the base's reward within a prompt; printed, stored, the same on resume."""
+    config = r2d3.Config(prompts="a red cube", test_prompts="a big blue sphere", epochs=1, batch_size=2, steps=4,
+                         updates_per_epoch=1, view_size=16, samples_per_prompt=1, beta="2sd", fraction=1.0,
+                         out=str(tmp_path / "run"))
+    summary = r2d3.train(config)
+    base, full = r2d3.load_base(config, "cpu"), r2d3.resolve(config)
+    reward = r2d3.load_reward("aesthetic", base, "cpu")
+    features, schedule = r2d3.metrics.load_features(base.tower, "cpu"), base.schedule("dpm", 4)
+    settings = r2d3.dataclasses.replace(full, samples_per_prompt=8, guidance=base.guidance)
+    measured = r2d3.measure(base, reward, features, schedule, ["a red cube"], settings, 0, "")
+    assert summary["beta"] == pytest.approx(2 / measured.reward.std().item(), rel=1e-4)
+    assert f"beta is {summary['beta']:.4g}" in capsys.readouterr().out
+    again = r2d3.train(r2d3.dataclasses.replace(config, epochs=2, resume=True))
+    assert again["beta"] == summary["beta"] and again["updates"] == 2
+
+
+@pytest.mark.parametrize("beta", ["0sd", "2", "-1sd", "sd", "2 sd", "many"])
+def test_beta_is_a_number_or_one_with_sd(beta):
+    with pytest.raises(r2d3.UserError, match="--beta"):
+        r2d3.resolve(r2d3.Config(beta=beta))
+    assert r2d3.resolve(r2d3.Config(beta="0.5sd")).beta == "0.5sd"
+
+
+def test_beta_on_the_command_line():
+    assert r2d3.parse(["--beta", "2sd"])[1].beta == "2sd"
+    assert r2d3.parse(["--beta", "1e3"])[1].beta == 1000.0
