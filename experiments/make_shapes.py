@@ -932,7 +932,7 @@ def main() -> None:
             {"data": 3000, "held_out": 200, "ae": 12000, "pictures": 3, "tower": 5000, "normal": 3000, "latents": 5,
              "denoiser": 24000, "samples": 24, "prompts": 30})
     minutes = {stage: share * args.minutes for stage, share in
-               {"ae": 0.30, "tower": 0.09, "normal": 0.03, "denoiser": 0.58}.items()}
+               {"ae": 0.24, "tower": 0.08, "normal": 0.03, "denoiser": 0.65}.items()}
     write_prompts()
     vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"], minutes["ae"],
                             args.start)
