@@ -113,14 +113,15 @@ def test_a_quarter_turn_moves_the_views():
 
 
 def test_splats_do_not_reach_over_an_edge():
-    """On the top of a cube, seen at a low angle, splats are long, but short next to the edge."""
+    """On the top of a cube, seen at a low angle, splats are long away from us, and narrower next to its sides."""
     scene = one_object("cube", 0.3)
     scene["parts"][0]["y"] = -0.25                                  # well below the cameras
     traced = make_shapes.trace([scene])
     top = (traced["hit"] & (traced["normal"][..., 1] > 0.9))[0, 0]                 # in the view from +z
-    long, (x, z) = traced["across"][0, 0, ..., 1].float(), traced["own"][0, 0, ..., [0, 2]].float().abs().unbind(-1)
-    inside, edge = (long[top & (x < 0.5) & (low < z) & (z < high)] for low, high in ((0, 0.45), (0.55, 0.75)))
-    assert len(inside) and len(edge) and inside.mean() > 1.3 * edge.mean()          # in cube sizes the edge is at 0.75
+    across, x = traced["across"][0, 0].float(), traced["own"][0, 0, ..., 0].float().abs()
+    inside, edge = across[top & (x < 0.5)], across[top & (x > 0.69)]               # in cube sizes the edge is at 0.75
+    assert len(inside) and len(edge) and (inside[:, 1] > 2 * inside[:, 0]).all()
+    assert inside[:, 0].mean() > 1.2 * edge[:, 0].mean()
 
 
 def test_names_and_their_shares():
