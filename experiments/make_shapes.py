@@ -127,15 +127,17 @@ def fill_in(parts: list[Part], rng: random.Random) -> list[Part]:
 
 
 def write_prompts() -> None:
-    """prompts/shapes_test.txt: 90 prompts never trained on; shapes_train.txt: 240 others. Closed, open, hard in turn."""
+    """shapes_test.txt: 90 prompts never trained on; shapes_train.txt: 240 others. Closed, open and hard in turn."""
     rng = random.Random(0)
     every = [(color, shape) for color in HUES for shape in SHAPES]
     unseen = sorted(UNSEEN)
 
     def draw(kind: str, test: bool) -> list[Part]:
         count = 3 if kind == "hard" else 1 if rng.random() < 0.35 else 2
-        parts = [(rng.choice(SIZE_NAMES), *rng.choice(unseen if test and kind != "open" and rng.random() < 0.3 else every))
-                 for _ in range(count)]
+        parts = []
+        for _ in range(count):
+            pool = unseen if test and kind != "open" and rng.random() < 0.3 else every
+            parts.append((rng.choice(SIZE_NAMES), *rng.choice(pool)))
         if kind == "open":
             parts = [(size, color if rng.random() < 0.6 else "", shape if rng.random() < 0.6 else "")
                      for size, color, shape in parts]
@@ -223,7 +225,7 @@ def draw_geometry(rng: random.Random) -> dict:
 
 
 def scene_table(scenes: list[dict]) -> tuple[Tensor, Tensor]:
-    """Per scene and slot (n, 3): the shape's number (-1: none), and (n, 3, 5) radius, stretch, cos and sin of yaw, y."""
+    """Per scene and slot (n, 3): the shape's number, -1 for none; and (n, 3, 5) radius, stretch, cos, sin of yaw, y."""
     kinds, values = torch.full((len(scenes), 3), -1), torch.zeros(len(scenes), 3, 5)
     for n, scene in enumerate(scenes):
         for slot, part in enumerate(scene["parts"]):
@@ -234,7 +236,7 @@ def scene_table(scenes: list[dict]) -> tuple[Tensor, Tensor]:
 
 
 def scene_distance(p: Tensor, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of points p (M, 3) in scenes rows (M,): distance (M,), nearest part (M,), position in its axes and size (M, 3)."""
+    """Of points p (M, 3) in scenes rows (M,): distance, nearest part (M,), position in its axes and size (M, 3)."""
     best = torch.full(rows.shape, 1e3)
     nearest, own = torch.zeros_like(rows), torch.zeros_like(p)
     for slot in range(3):
@@ -333,7 +335,7 @@ def camera_quaternions() -> Tensor:
         if real > 0.1:
             axis = torch.stack([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]])
             q.append(torch.cat([real[None], axis / (4 * real)]))
-        else:                                                                                      # half a turn: R = 2 a a^T - 1
+        else:                                                       # half a turn: R = 2 a a^T - 1
             values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
             q.append(torch.cat([torch.zeros(1), vectors[:, values.argmax()]]))
     return torch.stack(q)
@@ -422,7 +424,8 @@ def trace_all(scenes: list[dict]) -> dict:
 
 
 def draw_scenes(data: dict, rows: list[int], rng: random.Random, seen: bool | None) -> tuple[Tensor, list]:
-    """Turn and paint scenes: grids (n, 4, 12, GRID, GRID), and their parts. seen: True what training may see, None any."""
+    """Turn and paint scenes: grids (n, 4, 12, GRID, GRID), and their parts. seen: True what training may see; None any.
+    """
     every = []
     for n in rows:
         while True:
@@ -461,7 +464,8 @@ class Stage:
     down before the end in either case.
     """
 
-    def __init__(self, work: Path, name: str, model: torch.nn.Module, steps: int, minutes: float, lr: float, ema: float):
+    def __init__(self, work: Path, name: str, model: torch.nn.Module, steps: int, minutes: float, lr: float,
+                 ema: float):
         self.path, self.name, self.model, self.steps, self.lr = work / f"{name}.pt", name, model, steps, lr
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         self.minutes, self.decay, self.step, self.seconds, self.progress, self.loss = minutes, ema, 0, 0.0, 0.0, 0.0
@@ -840,7 +844,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def measure_autoencoder(base: r2d3.DiffSplat, held_out: dict) -> dict:
-    """Errors on the objects' splats in [-1, 1], and how the pictures at 128 pixels differ, on scenes never trained on."""
+    """Errors of the objects' splats in [-1, 1], and how pictures at 128 pixels differ, on scenes never trained on."""
     rng = random.Random("held out")
     grids, parts = draw_scenes(held_out, list(range(len(held_out["scenes"]))), rng, None)
     again = reconstruct(base.vae, grids)
@@ -920,8 +924,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, help="where the stages leave their results; runs/make_shapes")
     parser.add_argument("--out", type=Path, help="the file to make; support/shapes.safetensors")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: tests the script, not the model")
-    parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this stage")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything: a test of the script")
+    parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this")
     parser.add_argument("--start", type=Path, help="an earlier edition to go on from; left out: from nothing")
     parser.add_argument("--minutes", type=float, default=math.inf, help="let the training end by the clock; any number")
     args = parser.parse_args()
@@ -951,7 +955,8 @@ def main() -> None:
     training = {name: {key: state[key] for key in ("step", "seconds", "loss")} for name in minutes
                 for state in [torch.load(args.work / f"{name}.pt", weights_only=True)]}
     write_file(args.out, parts, base.latent_mean, base.latent_std, {})
-    base = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(args.out))), "cpu")      # what is in the file is measured
+    # What is measured is what the file holds, in half precision.
+    base = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(args.out))), "cpu")
     prompts = r2d3.load_prompts(str(ROOT / "prompts/shapes_test.txt"))[:3 * size["prompts"]]
     quality = measure_quality(base, make_data(args.work, size["held_out"], 1), prompts, size["samples"])
     quality["training"] = training
