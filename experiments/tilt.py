@@ -49,7 +49,7 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def weighted_frechet_distance(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """support.metrics.frechet_distance of a weighted set, a (n, D) and weights (n,) that sum to 1, and a plain b (m, D).
+    """support.metrics.frechet_distance of a weighted set, a (n, D) and weights (n,) of sum 1, and a plain b (m, D).
 
     The weighted covariance is divided by 1 - sum w^2, which for equal weights is the usual n / (n - 1).
     """
