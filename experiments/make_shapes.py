@@ -452,8 +452,10 @@ def start_from(module: torch.nn.Module, path: Path | None, *names: str) -> None:
             for row, word in enumerate(["", *VOCAB]):
                 if word in known:
                     value[row] = old[known.index(word)]
-        elif old.shape[1:] == value.shape[1:] and len(old) <= len(value):
-            value[:len(old)] = old                                  # fewer positions than now: the first ones
+        elif key.endswith("positions.weight"):                      # a longer prompt has new ones at its end
+            value[:len(old)] = old
+        elif old.shape == value.shape:
+            value.copy_(old)
     module.load_state_dict(own)
 
 
@@ -528,15 +530,15 @@ def reconstruction_loss(out: Tensor, grid: Tensor) -> Tensor:
 
 def picture_loss(out: Tensor, grids: Tensor, generator: torch.Generator) -> Tensor:
     """L1 between pictures of decoded and of true splats (n, 4, 12, GRID, GRID), one random view of each object."""
-    cameras = random_cameras(len(grids), generator)
+    cameras = random_cameras(len(grids), 1, generator)
     true, seen = (r2d3.render(splats(each), *cameras, 64) for each in (grids, out))
     return (seen.image - true.image).abs().mean() + (seen.alpha - true.alpha).abs().mean()
 
 
-def random_cameras(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One camera per object, anywhere that the reward could look from: (count, 1, 4, 4), (count, 1, 4)."""
-    u = torch.rand(2, count, 1, generator=generator)
-    return r2d3.orbit(r2d3.ELEVATION + 40 * u[0] - 20, 360 * u[1]), r2d3.intrinsics(count, 1)
+def random_cameras(count: int, views: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cameras anywhere that the reward could look from: (count, views, 4, 4), (count, views, 4)."""
+    u = torch.rand(2, count, views, generator=generator)
+    return r2d3.orbit(r2d3.ELEVATION + 40 * u[0] - 20, 360 * u[1]), r2d3.intrinsics(count, views)
 
 
 def train_autoencoder(work: Path, make: Callable, steps: int, minutes: float, start: Path | None) -> torch.nn.Module:
@@ -584,7 +586,7 @@ def splats(grids: Tensor) -> r2d3.Gaussians:
 
 @torch.no_grad()
 def make_pictures(work: Path, make: Callable, vae: torch.nn.Module, times: int) -> dict:
-    """Every scene `times` times in new colours, from a camera the reward could draw; every other one as decoded."""
+    """Every scene `times` times in new colours, three pictures each; every other 32 scenes as decoded."""
     path = work / "pictures.pt"
     if path.is_file():
         return torch.load(path, weights_only=False)
@@ -595,10 +597,10 @@ def make_pictures(work: Path, make: Callable, vae: torch.nn.Module, times: int) 
         grids, parts = draw_scenes(data, order[start:start + 32], rng, None)
         if start // 32 % 2:
             grids = reconstruct(vae, grids)
-        out = r2d3.render(splats(grids), *random_cameras(len(grids), generator), 64)
-        images.append((out.image[:, 0].clamp(0, 1) * 255).round().byte())
-        normals.append((out.normal * (out.alpha > 0.5) * 127)[:, 0].round().char())
-        every += parts
+        out = r2d3.render(splats(grids), *random_cameras(len(grids), 3, generator), 64)
+        images.append((out.image.flatten(0, 1).clamp(0, 1) * 255).round().byte())
+        normals.append((out.normal * (out.alpha > 0.5) * 127).flatten(0, 1).round().char())
+        every += [named for named in parts for _ in range(3)]
     pictures = {"images": torch.cat(images), "normals": torch.cat(normals), "parts": every}
     r2d3.write_atomic(path, r2d3.to_bytes(lambda file: torch.save(pictures, file)))
     return pictures
@@ -933,7 +935,7 @@ def main() -> None:
     args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "support/shapes.safetensors")
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": 2, "prompts": 2} if args.quick else
-            {"data": 3000, "held_out": 200, "ae": 12000, "pictures": 3, "tower": 5000, "normal": 3000, "latents": 5,
+            {"data": 3000, "held_out": 200, "ae": 12000, "pictures": 1, "tower": 5000, "normal": 3000, "latents": 3,
              "denoiser": 24000, "samples": 24, "prompts": 30})
     minutes = {stage: share * args.minutes for stage, share in
                {"ae": 0.24, "tower": 0.08, "normal": 0.03, "denoiser": 0.65}.items()}
