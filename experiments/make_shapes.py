@@ -624,8 +624,10 @@ def train_tower(work: Path, pictures: dict, steps: int, minutes: float, start: P
     start_from(tower, start, "tower.")
     stage = Stage(work, "tower", tower, steps, minutes, 1.5e-3, ema=0.998)
 
+    often = [len(parts) ** 2 for parts in pictures["parts"]]        # small objects in a stack are the hard ones
+
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
-        rows = rng.choices(range(len(pictures["parts"])), k=64)
+        rows = rng.choices(range(len(pictures["parts"])), often, k=64)
         said, candidates = [], []
         for row in rows:
             parts = pictures["parts"][row]
@@ -867,11 +869,14 @@ def measure_autoencoder(base: r2d3.DiffSplat, held_out: dict) -> dict:
                   "psnr_decoded_to_traced": psnr(pictures[1], exact)}
 
 
-def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str], each: int) -> dict:
-    """All that is claimed of the base, on prompts, scenes and combinations that training has not seen."""
+def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str], samples: dict[str, int]) -> dict:
+    """All that is claimed of the base, on prompts, scenes and combinations that training has not seen.
+
+    `samples`: how many of each prompt, by the prompts' group.
+    """
     quality = {"guidance": base.guidance, "steps": STEPS, "autoencoder": measure_autoencoder(base, held_out),
                "named_right": {}, "spread_of_colorfulness": {}, "dnc": {}, "normal": {}}
-    for kind in ("closed", "open", "hard"):
+    for kind, each in samples.items():
         repeated = [prompt for prompt in prompts if group(parse_caption(prompt)) == kind for _ in range(each)]
         said = [parse_caption(prompt) for prompt in repeated]
         seen = observe_truth(base, repeated, random.Random(kind))
@@ -892,8 +897,8 @@ def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str], ea
                     seen_as = histogram(names[source], said, which)
                     quality[f"open_{key}"] |= {source: seen_as, f"total_variation_{source}": sum(
                         abs(seen_as[name] - share) for name, share in data.items()) / 2}
-    quality |= {"prompts": len(prompts), "samples_per_prompt": each, "elsewhere": []}
-    few = max(2, each // 2)                                         # other settings, on some of the closed prompts
+    quality |= {"prompts": len(prompts), "samples_per_prompt": samples, "elsewhere": []}
+    few = max(2, samples["closed"] // 2)                            # other settings, on some of the closed prompts
     repeated = [prompt for prompt in prompts if group(parse_caption(prompt)) == "closed" for _ in range(few)][:15 * few]
     true = spread(observe_truth(base, repeated, random.Random(1))["true"]["colorfulness"], few)
     for guidance, steps in ((1.0, 20), (1.5, 20), (2.0, 20)):
@@ -934,11 +939,11 @@ def main() -> None:
     args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
     args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "support/shapes.safetensors")
     size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
-             "samples": 2, "prompts": 2} if args.quick else
+             "samples": {"closed": 2, "open": 2, "hard": 2}, "prompts": 2} if args.quick else
             {"data": 3000, "held_out": 200, "ae": 12000, "pictures": 1, "tower": 5000, "normal": 3000, "latents": 3,
-             "denoiser": 24000, "samples": 24, "prompts": 30})
+             "denoiser": 24000, "samples": {"closed": 8, "open": 16, "hard": 4}, "prompts": 30})
     minutes = {stage: share * args.minutes for stage, share in
-               {"ae": 0.24, "tower": 0.08, "normal": 0.03, "denoiser": 0.65}.items()}
+               {"ae": 0.24, "tower": 0.13, "normal": 0.03, "denoiser": 0.60}.items()}
     write_prompts()
     vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"], minutes["ae"],
                             args.start)
