@@ -1399,9 +1399,8 @@ def train(config: Config, base: Base | None = None) -> dict:
     prompts = filter_prompts(job, prompts, identity)
     if isinstance(config.beta, str):        # exp(beta r) moves r by beta times its variance within a prompt
         few = prompts[::max(1, len(prompts) // 12)][:12], dataclasses.replace(config, samples_per_prompt=8)
-        spread = None if quiet else measure(base, reward, features, job.schedule, *few, config.seed,
-                                            "the reward's spread").reward.std(1).mean().item()
-        spread = run.gather(spread, world)[0]
+        sampled = measure(base, reward, features, job.schedule, *few, config.seed, "spread", rank, world)
+        spread = sampled.reward.std(1).mean().item()
         if spread < 1e-9:
             raise UserError(f"--beta {config.beta}: the reward is the same for all of a prompt's objects")
         job = job._replace(config=dataclasses.replace(config, beta=float(config.beta[:-2]) / spread))
