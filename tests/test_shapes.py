@@ -1,4 +1,4 @@
-"""The embedded base: its file, its prompts, its data, and the script that makes it."""
+"""The embedded base: the file and prompts that are here (the first edition's), and the script that makes a second."""
 import json
 import math
 import random
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import make_shapes  # noqa: E402
 
 import r2d3  # noqa: E402
+from support import load_weights  # noqa: E402
 
 ASSET = ROOT / "support/shapes.safetensors"
 TRAIN, TEST = ((ROOT / f"prompts/shapes_{name}.txt").read_text(encoding="utf-8").splitlines()
@@ -27,25 +28,80 @@ def base():
     return r2d3.load_base(r2d3.resolve(r2d3.Config()), "cpu")
 
 
-def groups_of(prompts):
-    return [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in prompts]
+# ---- The file that is here ----
 
 
-def test_test_prompts_are_never_trained_on():
-    assert len(set(TEST)) == 90 and len(set(TRAIN)) == 240 and not set(TEST) & set(TRAIN)
-    assert all(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in TEST)
-    assert not any(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in TRAIN)
-    for prompt in TEST + TRAIN:
+def test_the_file_is_small_and_meets_its_bar():
+    _, about = load_weights(ASSET)
+    quality = json.loads(about["quality"])
+    assert ASSET.stat().st_size <= 12e6 and "make_shapes.py" in about["source"]
+    assert quality["named_right_true_pictures"] >= 0.95
+    assert quality["named_right_samples_by_guidance"]["2.0"] >= 0.85 and quality["samples"] == 240
+
+
+def check_split(train, test):
+    """No test prompt was trained on, training prompts are all of the other side, and captions read back."""
+    assert len({*train, *test}) == len(train) + len(test)
+    assert all(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in test)
+    assert not any(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in train)
+    for prompt in train + test:
         assert make_shapes.caption(make_shapes.parse_caption(prompt)) == prompt
-    seen = {part[1:] for prompt in TRAIN for part in make_shapes.parse_caption(prompt) if all(part[1:])}
+    seen = {part[1:] for prompt in train for part in make_shapes.parse_caption(prompt) if all(part[1:])}
     assert {color for color, _ in seen} == set(make_shapes.HUES) and {s for _, s in seen} == set(make_shapes.SHAPES)
 
 
-def test_prompts_are_closed_open_and_hard_in_turn():
-    for prompts in (TEST, TRAIN):
-        assert groups_of(prompts) == ["closed", "open", "hard"] * (len(prompts) // 3)
-    assert all(prompt.count(" on ") == 2 for prompt in TEST[2::3])
-    assert sum(" on " in prompt for prompt in TEST[::3]) > 10
+def test_test_prompts_are_unseen_combinations():
+    assert len(TEST) == 60 and len(TRAIN) == 200
+    check_split(TRAIN, TEST)
+    assert sum(" on " in prompt for prompt in TEST) >= 30
+
+
+def test_words(base):
+    cond = base.encode(["", "a red cube"])
+    assert cond.embeds.shape[:2] == cond.mask.shape and cond.mask.sum(1).tolist() == [1, 3]
+    assert torch.equal(base.encode(["A Red CUBE"]).embeds, cond.embeds[1:])
+    with pytest.raises(r2d3.UserError, match="teapot"):
+        base.encode(["a red teapot"])
+
+
+def test_prediction_is_eps(base):
+    """At high noise x is nearly eps itself; at every level the estimate of x0 is closer to x0 than x is."""
+    schedule = base.schedule("dpm", 20)
+    cond, null = base.encode(TEST[:4]), base.encode([""])
+    x0 = r2d3.rollout(base, schedule, cond, null, base.guidance, [r2d3.seeded(n) for n in range(4)]).x[:, -1]
+    noise = torch.randn(x0.shape, generator=r2d3.seeded(1))
+    for i in (0, 5, 10, 15, 19):
+        x = (schedule.alpha[i] * x0 + schedule.sigma[i] * noise).float()
+        with torch.no_grad():
+            eps = base.predict(x, schedule.t(i).expand(4), cond)
+        estimate = schedule.x0(x, eps, i)
+        assert (eps - noise).square().mean() < 0.5
+        assert (estimate - x0).square().mean() < (x - x0).square().mean()
+
+
+def test_samples_are_what_the_prompts_say(base):
+    said = [make_shapes.parse_caption(prompt) for prompt in TEST[:20]]
+    pictures = make_shapes.observe_samples(base, TEST[:20], base.guidance, 20)["picture"]
+    assert make_shapes.named_right(make_shapes.name_objects(base.tower, pictures, said), said) > 0.75
+    pairs = [(picture, wrong) for picture, own, wrong in zip(pictures, said, said[::-1]) if len(own) == len(wrong)]
+    pictures, wrong = torch.stack([picture for picture, _ in pairs]), [parts for _, parts in pairs]
+    assert make_shapes.named_right(make_shapes.name_objects(base.tower, pictures, wrong), wrong) < 0.35
+
+
+# ---- The script's world ----
+
+
+def test_its_prompts_are_closed_open_and_hard_in_turn(tmp_path):
+    make_shapes.write_prompts(tmp_path)
+    train, test = ((tmp_path / f"shapes_{name}.txt").read_text(encoding="utf-8").splitlines()
+                   for name in ("train", "test"))
+    check_split(train, test)
+    assert len(test) == 90 and len(train) == 240
+    for prompts in (test, train):
+        groups = [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in prompts]
+        assert groups == ["closed", "open", "hard"] * (len(prompts) // 3)
+    assert all(prompt.count(" on ") == 2 for prompt in test[2::3])
+    assert sum(" on " in prompt for prompt in test[::3]) > 10
 
 
 @pytest.mark.parametrize("text, parts", [
@@ -133,54 +189,6 @@ def test_names_and_their_shares():
     assert make_shapes.psnr(torch.zeros(2, 1, 3, 4, 4), torch.full((2, 1, 3, 4, 4), 0.1)) == pytest.approx(20)
 
 
-def test_going_on_from_an_earlier_edition(base):
-    """Its weights are taken over, and every word keeps its own vector wherever it stands in the vocabulary."""
-    _, module = make_shapes.new_base(base.vae, torch.zeros(8), torch.ones(8))
-    state, about = r2d3.load_weights(ASSET)
-    make_shapes.start_from(module, ASSET, "", "text.")
-    mine = module.state_dict()
-    assert torch.equal(mine["net.proj_out.weight"], state["net.proj_out.weight"].float())
-    old = ["", *json.loads(about["config"])["vocab"]]
-    for word in ("red", "cube", "on"):
-        assert torch.equal(module["text"].words.weight[module["text"].index[word]],
-                           state["text.words.weight"][old.index(word)].float())
-
-
-def test_words(base):
-    cond = base.encode(["", "a red cube", "something red on a big thing"])
-    assert cond.embeds.shape[:2] == cond.mask.shape and cond.mask.sum(1).tolist() == [1, 3, 6]
-    assert torch.equal(base.encode(["A Red CUBE"]).embeds, cond.embeds[1:2])
-    with pytest.raises(r2d3.UserError, match="teapot"):
-        base.encode(["a red teapot"])
-
-
-def test_prediction_is_eps(base):
-    """At high noise x is nearly eps itself; at every level the estimate of x0 is closer to x0 than x is."""
-    schedule = base.schedule("dpm", make_shapes.STEPS)
-    cond, null = base.encode(TEST[:4]), base.encode([""])
-    x0 = r2d3.rollout(base, schedule, cond, null, base.guidance, [r2d3.seeded(n) for n in range(4)]).x[:, -1]
-    noise = torch.randn(x0.shape, generator=r2d3.seeded(1))
-    for i in range(0, len(schedule), 5):
-        x = (schedule.alpha[i] * x0 + schedule.sigma[i] * noise).float()
-        with torch.no_grad():
-            eps = base.predict(x, schedule.t(i).expand(4), cond)
-        estimate = schedule.x0(x, eps, i)
-        assert (eps - noise).square().mean() < 0.5
-        assert (estimate - x0).square().mean() < (x - x0).square().mean()
-
-
-def test_samples_are_what_the_prompts_say(base):
-    prompts = TEST[:36:3]                                           # closed ones
-    said = [make_shapes.parse_caption(prompt) for prompt in prompts]
-    seen = make_shapes.observe_samples(base, prompts, base.guidance, make_shapes.STEPS)
-    assert make_shapes.named_right(make_shapes.name_objects(base.tower, seen["picture"], said), said) > 0.75
-    wrong = said[::-1]
-    pictures = [picture for picture, a, b in zip(seen["picture"], said, wrong) if len(a) == len(b)]
-    wrong = [b for a, b in zip(said, wrong) if len(a) == len(b)]
-    names = make_shapes.name_objects(base.tower, torch.stack(pictures), wrong)
-    assert make_shapes.named_right(names, wrong) < 0.35
-
-
 def test_the_script_makes_a_base_and_goes_on_where_it_was(tmp_path):
     command = [sys.executable, str(ROOT / "experiments/make_shapes.py"), "--quick", "--work", str(tmp_path), "--out",
                str(tmp_path / "shapes.safetensors")]
@@ -192,7 +200,7 @@ def test_the_script_makes_a_base_and_goes_on_where_it_was(tmp_path):
     made = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(tmp_path / "shapes.safetensors"))), "cpu")
     size = make_shapes.GRID // 4
     assert made.latent_shape == (4, 8, size, size) and made.tower.image(torch.rand(2, 3, 64, 64)).shape == (2, 64)
-    _, about = r2d3.load_weights(tmp_path / "shapes.safetensors")
+    _, about = load_weights(tmp_path / "shapes.safetensors")
     quality = json.loads(about["quality"])
     assert quality.keys() >= {"named_right", "spread_of_colorfulness", "open_colors", "open_shapes", "dnc", "normal",
                               "autoencoder", "training"}
