@@ -158,8 +158,9 @@ class Config:
     draft_steps: int = 1  # for --method draft: differentiate through the last K steps of the sampler; 0 is
     #   DRaFT-LV, the last step with several noises
     # [train cost] The loss of nabla-R2D3
-    beta: float | None = None  # the dial: strength of the reward against the prior; about 1e3 for shapes, 1e6
-    #   to 1e7 for the paper's bases
+    beta: float | str | None = None  # the dial: strength of the reward against the prior; about 1e3 for
+    #   shapes, 1e6 to 1e7 for the paper's bases. In the base's own units, 2sd aims two standard deviations of
+    #   the reward higher, as it spreads within a prompt
     reg_weight: float | None = None  # lambda: penalty on moving away from what the epoch's rollout predicted
     estimator: Literal["step", "sample", "identity"] | None = None  # of the reward gradient. step: the reward
     #   is asked at every trained step (as published); sample: once per object, and pulled back through the
@@ -1397,6 +1398,15 @@ def train(config: Config, base: Base | None = None) -> dict:
         if not state:
             run.copy_source(HERE, out / "source", config.reward)
     prompts = filter_prompts(job, prompts, identity)
+    if isinstance(config.beta, str):        # exp(beta r) moves r by beta times its variance within a prompt
+        few = prompts[::max(1, len(prompts) // 12)][:12], dataclasses.replace(config, samples_per_prompt=8)
+        sampled = measure(base, reward, features, job.schedule, *few, config.seed, "spread", rank, world)
+        spread = sampled.reward.std(1).mean().item()
+        if spread < 1e-9:
+            raise UserError(f"--beta {config.beta}: the reward is the same for all of a prompt's objects")
+        job = job._replace(config=dataclasses.replace(config, beta=float(config.beta[:-2]) / spread))
+        if not quiet:
+            print(f"beta is {job.config.beta:.4g}: within a prompt the reward spreads by {spread:.4g}")
 
     common = base, reward, features, job.schedule, test_prompts, config
 
@@ -1430,7 +1440,8 @@ def train(config: Config, base: Base | None = None) -> dict:
     if quiet:
         return {}
     summary = {"scorer": reward.title, "base": config.base, "method": config.method, "epochs": config.epochs,
-               "updates": len(rows), "judged": rows[-1]["judged"], "features": features.title,
+               "updates": len(rows), "judged": rows[-1]["judged"], "beta": job.config.beta,
+               "features": features.title,
                **metrics.compare(before, after, other), "seconds": time.perf_counter() - started}
     write_report(base, test_prompts, before, after, rows, summary, config, out)
     metrics.print_summary(summary)
@@ -1445,6 +1456,7 @@ def cost(config: Config, base: Base | None = None) -> dict:
     On a CPU a big base is asked for one object and one transition only.
     """
     config = resolve(config)
+    config = dataclasses.replace(config, beta=1.0 if isinstance(config.beta, str) else config.beta)
     on_gpu = torch.device(config.device).type == "cuda"
     if not on_gpu and base is None and config.weights == "random":
         if counted := published.count(config.base, partial(add_lora, rank=config.lora_rank, seed=0)):

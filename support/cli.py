@@ -119,6 +119,8 @@ def check(config) -> None:
         raise UserError("--view-size must be at least 8 pixels")
     if config.protocol and config.samples_per_prompt < 2:
         raise UserError("--protocol paper compares distributions; use --samples-per-prompt 2 or more")
+    if isinstance(config.beta, str) and not re.fullmatch(r"(?=.*[1-9])\d*\.?\d+sd", config.beta):
+        raise UserError(f"--beta is {config.beta}; write a number, or one with sd, such as 2sd")
     try:
         torch.empty(0, device=config.device).cpu()
     except (RuntimeError, AssertionError) as error:

@@ -132,7 +132,7 @@ def load(path: Path, device: torch.device | str) -> tuple[dict, ImageTextTower, 
             "vae": part("vae", AutoencoderKL(**about["vae"])),
             "text": part("text", WordTable(vocab, about["net"]["caption_channels"], length)),
             "image_size": about["vae"]["sample_size"], "prediction_type": about["prediction_type"],
-            "guidance": about["guidance"], "betas": {}, "latent_mean": state["latent_mean"].float(),
+            "guidance": about["guidance"], "betas": about.get("betas", {}), "latent_mean": state["latent_mean"].float(),
             "latent_std": state["latent_std"].float(), "scale_range": about["scale_range"],
             "depth_scale": about["depth_scale"], "half_image_shift": False, "eval_size": 64,
             "lora_targets": LORA_TARGETS}

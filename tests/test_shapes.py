@@ -1,4 +1,4 @@
-"""The embedded base: its file, its prompts, its data, and the script that makes it."""
+"""The embedded base: the file and prompts that are here (the first edition's), and the script that makes a second."""
 import json
 import math
 import random
@@ -16,9 +16,11 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import make_shapes  # noqa: E402
 
 import r2d3  # noqa: E402
+from support import load_weights  # noqa: E402
 
 ASSET = ROOT / "support/shapes.safetensors"
-TRAIN, TEST = ((ROOT / f"prompts/shapes_{name}.txt").read_text().splitlines() for name in ("train", "test"))
+TRAIN, TEST = ((ROOT / f"prompts/shapes_{name}.txt").read_text(encoding="utf-8").splitlines()
+               for name in ("train", "test"))
 
 
 @pytest.fixture(scope="module")
@@ -26,52 +28,32 @@ def base():
     return r2d3.load_base(r2d3.resolve(r2d3.Config()), "cpu")
 
 
+# ---- The file that is here ----
+
+
 def test_the_file_is_small_and_meets_its_bar():
-    _, about = r2d3.load_weights(ASSET)
+    _, about = load_weights(ASSET)
     quality = json.loads(about["quality"])
     assert ASSET.stat().st_size <= 12e6 and "make_shapes.py" in about["source"]
     assert quality["named_right_true_pictures"] >= 0.95
     assert quality["named_right_samples_by_guidance"]["2.0"] >= 0.85 and quality["samples"] == 240
 
 
-def test_test_prompts_are_unseen_combinations():
-    assert len(set(TEST)) == 60 and len(set(TRAIN)) == 200 and not set(TEST) & set(TRAIN)
-    assert all(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in TEST)
-    assert not any(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in TRAIN)
-    for prompt in TEST + TRAIN:
+def check_split(train, test):
+    """No test prompt was trained on, training prompts are all of the other side, and captions read back."""
+    assert len({*train, *test}) == len(train) + len(test)
+    assert all(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in test)
+    assert not any(make_shapes.is_unseen(make_shapes.parse_caption(prompt)) for prompt in train)
+    for prompt in train + test:
         assert make_shapes.caption(make_shapes.parse_caption(prompt)) == prompt
-    assert sum(" on " in prompt for prompt in TEST) >= 30
-    seen = {part[1:] for prompt in TRAIN for part in make_shapes.parse_caption(prompt)}
+    seen = {part[1:] for prompt in train for part in make_shapes.parse_caption(prompt) if all(part[1:])}
     assert {color for color, _ in seen} == set(make_shapes.HUES) and {s for _, s in seen} == set(make_shapes.SHAPES)
 
 
-def test_training_never_draws_an_unseen_combination():
-    rng = random.Random(0)
-    scenes = [make_shapes.draw_geometry(rng) for _ in range(8)]
-    traced = make_shapes.trace(scenes)
-    data = {"scenes": scenes, "traced": traced, "channels": make_shapes.geometry_channels(traced).half()}
-    for seed in range(20):
-        _, parts = make_shapes.draw_scenes(data, list(range(8)), random.Random(seed), True)
-        assert not any(make_shapes.is_unseen(part) for part in parts)
-
-
-def test_geometry_is_where_it_should_be():
-    """A traced sphere, decoded into splats and rasterised: depth, silhouette and normals of that sphere."""
-    size = 0.26
-    part = {"shape": "sphere", "size": "", "yaw": 0.3, "stretch": 1.0, "radius": size, "half": 0.95 * size, "y": 0.0}
-    channels = make_shapes.geometry_channels(make_shapes.trace([{"parts": [part]}]))
-    assert channels.shape == (1, 4, 12, 32, 32) and channels.abs().max() <= 1.001
-    cameras = r2d3.input_cameras(1)
-    out = r2d3.render(make_shapes.splats(channels), *cameras, 64)
-    radius = 0.95 * size
-    middle = out.depth[0, 0, 0, 31:33, 31:33].mean().item()
-    assert middle == pytest.approx(1.4 - radius, abs=0.01)
-    angular = math.asin(radius / 1.4)
-    area = math.pi * (math.tan(angular) * r2d3.FXFY) ** 2
-    assert (out.alpha[0] > 0.5).float().mean().item() == pytest.approx(area, rel=0.25)  # splats reach over the rim
-    assert out.normal[0, 0, :, 31:33, 31:33].mean((1, 2)).tolist() == pytest.approx([0, 0, -1], abs=0.15)
-    left, right = out.normal[0, 0, 0, 32, 24].item(), out.normal[0, 0, 0, 32, 40].item()
-    assert left < -0.2 and right > 0.2  # x is to the right, and the sphere is convex; 0.42 where splats do not blend
+def test_test_prompts_are_unseen_combinations():
+    assert len(TEST) == 60 and len(TRAIN) == 200
+    check_split(TRAIN, TEST)
+    assert sum(" on " in prompt for prompt in TEST) >= 30
 
 
 def test_words(base):
@@ -84,9 +66,9 @@ def test_words(base):
 
 def test_prediction_is_eps(base):
     """At high noise x is nearly eps itself; at every level the estimate of x0 is closer to x0 than x is."""
-    schedule = r2d3.NoiseSchedule.from_diffusers("dpm", 20)
+    schedule = base.schedule("dpm", 20)
     cond, null = base.encode(TEST[:4]), base.encode([""])
-    x0 = r2d3.rollout(base, schedule, cond, null, base.guidance, r2d3.seeded(0)).x[:, -1]
+    x0 = r2d3.rollout(base, schedule, cond, null, base.guidance, [r2d3.seeded(n) for n in range(4)]).x[:, -1]
     noise = torch.randn(x0.shape, generator=r2d3.seeded(1))
     for i in (0, 5, 10, 15, 19):
         x = (schedule.alpha[i] * x0 + schedule.sigma[i] * noise).float()
@@ -98,11 +80,113 @@ def test_prediction_is_eps(base):
 
 
 def test_samples_are_what_the_prompts_say(base):
-    pictures = make_shapes.sample_pictures(base, TEST[:20], base.guidance)
-    parts = [make_shapes.parse_caption(prompt) for prompt in TEST[:20]]
-    assert make_shapes.named_right(base.tower, pictures, parts) > 0.75
-    wrong = [make_shapes.parse_caption(prompt) for prompt in reversed(TEST[:20])]
-    assert make_shapes.named_right(base.tower, pictures, wrong) < 0.3
+    said = [make_shapes.parse_caption(prompt) for prompt in TEST[:20]]
+    pictures = make_shapes.observe_samples(base, TEST[:20], base.guidance, 20)["picture"]
+    assert make_shapes.named_right(make_shapes.name_objects(base.tower, pictures, said), said) > 0.75
+    pairs = [(picture, wrong) for picture, own, wrong in zip(pictures, said, said[::-1]) if len(own) == len(wrong)]
+    pictures, wrong = torch.stack([picture for picture, _ in pairs]), [parts for _, parts in pairs]
+    assert make_shapes.named_right(make_shapes.name_objects(base.tower, pictures, wrong), wrong) < 0.35
+
+
+# ---- The script's world ----
+
+
+def test_its_prompts_are_closed_open_and_hard_in_turn(tmp_path):
+    make_shapes.write_prompts(tmp_path)
+    train, test = ((tmp_path / f"shapes_{name}.txt").read_text(encoding="utf-8").splitlines()
+                   for name in ("train", "test"))
+    check_split(train, test)
+    assert len(test) == 90 and len(train) == 240
+    for prompts in (test, train):
+        groups = [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in prompts]
+        assert groups == ["closed", "open", "hard"] * (len(prompts) // 3)
+    assert all(prompt.count(" on ") == 2 for prompt in test[2::3])
+    assert sum(" on " in prompt for prompt in test[::3]) > 10
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("a small red cube on a big blue ring", [("small", "red", "cube"), ("big", "blue", "ring")]),
+    ("something red", [("", "red", "")]), ("something", [("", "", "")]),
+    ("an orange cone on a small thing", [("", "orange", "cone"), ("small", "", "")]),
+    ("a big red thing on a cube on something gray", [("big", "red", ""), ("", "", "cube"), ("", "gray", "")])])
+def test_captions(text, parts):
+    assert make_shapes.caption(parts) == text and make_shapes.parse_caption(text) == parts
+
+
+def test_training_never_draws_what_is_kept_out():
+    rng = random.Random(0)
+    data = make_shapes.trace_all([make_shapes.draw_geometry(rng) for _ in range(8)])
+    opened = 0
+    for seed in range(40):
+        _, every = make_shapes.draw_scenes(data, list(range(8)), random.Random(seed), True)
+        for parts in every:
+            said = make_shapes.training_caption(parts, rng)
+            assert not make_shapes.is_unseen(parts) and not make_shapes.is_unseen(said)
+            assert make_shapes.agrees(parts, said)
+            opened += make_shapes.is_open(said)
+    assert 0.3 < opened / 320 < 0.5
+
+
+def test_what_is_left_open_is_filled_in_as_in_the_data():
+    """A cube of no said colour has every colour but the one in which training never shows it, equally often."""
+    rng = random.Random(0)
+    drawn = [make_shapes.fill_in([("", "", "cube")], rng)[0] for _ in range(2000)]
+    kept_out, = (color for color, shape in make_shapes.UNSEEN if shape == "cube")
+    counts = {color: sum(part[1] == color for part in drawn) for color in make_shapes.HUES}
+    assert counts.pop(kept_out) == 0 and {part[2] for part in drawn} == {"cube"}
+    assert all(count == pytest.approx(2000 / 7, rel=0.25) for count in counts.values())
+    assert make_shapes.fill_in([("", kept_out, "cube")], rng) == [("", kept_out, "cube")]      # what is said stays
+
+
+def one_object(shape, size, yaw=0.0):
+    half = make_shapes.half_height(shape, size, 1.0)
+    return {"parts": [{"shape": shape, "size": "", "yaw": yaw, "stretch": 1.0, "radius": size, "half": half, "y": 0.0}]}
+
+
+def test_geometry_is_where_it_should_be():
+    """A traced sphere, decoded into splats and rasterised: depth, silhouette and normals of that sphere."""
+    grids = make_shapes.paint(make_shapes.trace([one_object("sphere", 0.26)]), [["red"]], random.Random(0))
+    assert grids.shape == (1, 4, 12, make_shapes.GRID, make_shapes.GRID) and grids.abs().max() <= 1.001
+    out = r2d3.render(make_shapes.splats(grids), *r2d3.input_cameras(1), 64)
+    radius = 0.95 * 0.26
+    middle = out.depth[0, 0, 0, 31:33, 31:33].mean().item()
+    assert middle == pytest.approx(1.4 - radius, abs=0.015)
+    area = math.pi * (math.tan(math.asin(radius / 1.4)) * r2d3.FXFY) ** 2
+    assert (out.alpha[0] > 0.5).float().mean().item() == pytest.approx(area, rel=0.15)  # splats reach over the rim
+    assert out.normal[0, 0, :, 31:33, 31:33].mean((1, 2)).tolist() == pytest.approx([0, 0, -1], abs=0.15)
+    left, right = out.normal[0, 0, 0, 32, 24].item(), out.normal[0, 0, 0, 32, 40].item()
+    assert left < -0.2 and right > 0.2  # x is to the right, and the sphere is convex; 0.42 where splats do not blend
+    assert out.image[0, 0, 0, 32, 32] > out.image[0, 0, 2, 32, 32] + 0.15                         # red
+
+
+def test_a_quarter_turn_moves_the_views():
+    """Turned without tracing anew, a scene is what tracing it at another yaw gives."""
+    straight, yawed = (make_shapes.trace([one_object("cube", 0.3, yaw)]) for yaw in (0.4, 0.4 + math.pi / 2))
+    turned = make_shapes.turned(straight, [0], torch.tensor([1]))
+    for key in ("hit", "z", "normal", "own", "across"):
+        close = (turned[key].float() - yawed[key].float()).abs() < 0.02
+        assert close.float().mean() > 0.99, key                     # rounding moves a few rays at the rim
+
+
+def test_splats_do_not_reach_over_an_edge():
+    """On the top of a cube, seen at a low angle, splats are long away from us, and narrower next to its sides."""
+    scene = one_object("cube", 0.3)
+    scene["parts"][0]["y"] = -0.25                                  # well below the cameras
+    traced = make_shapes.trace([scene])
+    top = (traced["hit"] & (traced["normal"][..., 1] > 0.9))[0, 0]                 # in the view from +z
+    across, x = traced["across"][0, 0].float(), traced["own"][0, 0, ..., 0].float().abs()
+    inside, edge = across[top & (x < 0.5)], across[top & (x > 0.69)]               # in cube sizes the edge is at 0.75
+    assert len(inside) and len(edge) and (inside[:, 1] > 2 * inside[:, 0]).all()
+    assert inside[:, 0].mean() > 1.2 * edge[:, 0].mean()
+
+
+def test_names_and_their_shares():
+    said = [[("", "red", "")], [("", "", "cube")]]
+    names = [[("red", "cone")], [("blue", "cube")]]
+    assert make_shapes.named_right(names, said) == 1 and make_shapes.named_right([[("blue", "cone")]], said[:1]) == 0
+    assert make_shapes.histogram(names, said, 1)["cone"] == 1 and make_shapes.histogram(names, said, 0)["blue"] == 1
+    assert make_shapes.spread(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2) == pytest.approx(2 ** 0.5 / 2)
+    assert make_shapes.psnr(torch.zeros(2, 1, 3, 4, 4), torch.full((2, 1, 3, 4, 4), 0.1)) == pytest.approx(20)
 
 
 def test_the_script_makes_a_base_and_goes_on_where_it_was(tmp_path):
@@ -114,4 +198,9 @@ def test_the_script_makes_a_base_and_goes_on_where_it_was(tmp_path):
     second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert second.returncode == 0 and (tmp_path / "ae.pt").stat().st_mtime_ns == stamp, second.stderr[-2000:]
     made = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(tmp_path / "shapes.safetensors"))), "cpu")
-    assert made.latent_shape == (4, 8, 8, 8) and made.tower.image(torch.rand(2, 3, 64, 64)).shape == (2, 64)
+    size = make_shapes.GRID // 4
+    assert made.latent_shape == (4, 8, size, size) and made.tower.image(torch.rand(2, 3, 64, 64)).shape == (2, 64)
+    _, about = load_weights(tmp_path / "shapes.safetensors")
+    quality = json.loads(about["quality"])
+    assert quality.keys() >= {"named_right", "spread_of_colorfulness", "open_colors", "open_shapes", "dnc", "normal",
+                              "autoencoder", "training"}
