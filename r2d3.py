@@ -182,7 +182,7 @@ class Config:
     epochs: int | None = None  # rounds of sampling and updating
     resume: bool = False  # go on from the last checkpoint in --out; with more --epochs, train longer
     # [train evaluate] What is measured, before and after
-    test_prompts: str | None = None  # prompts that are never trained on, given like --prompts
+    test_prompts: str | None = None  # prompts that are never trained on, given in the same ways
     eval_prompts: int | None = None  # use only the first so many of them
     # [train sample evaluate] Making objects
     out: str | None = None  # folder to write to; by default named after base, reward, method and seed in
