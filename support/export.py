@@ -1,4 +1,4 @@
-"""Objects as files that other programs read: a .ply of splats, a .glb with a mesh.
+"""What other programs read: a .ply of splats, a .glb with a mesh, the denoiser with its LoRA merged; and an index of it.
 
 r2d3.py hands in Gaussians (means, scales, quats, opacities, colors, each with a first dimension of objects) and cameras.
 
@@ -10,7 +10,12 @@ turn it over or start with a camera whose up is -y. So means and rotations are t
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+import shutil
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from kernels import rasterize
 from kernels.splat import ALPHA_MIN, _rotation
-from support import UserError, write_atomic
+from support import UserError, check_writable, gaussiancube, load_weights, published, to_bytes, to_json, write_atomic
 
 SOLID = 0.75        # of alpha: where a pixel shows a surface. The edge of a lattice of splats is there, not at 1/2
 FREE = 0.5          # how much a pixel without surface counts, against 1 for one that faces the camera
@@ -39,14 +44,11 @@ def visible(gaussians: tuple, index: int = 0) -> tuple[Tensor, Tensor, Tensor, T
     splat. Here the same ellipsoid is described by a rotation and scales: the axes of A diag(s), A the polynomial of q.
     So a viewer shows the sizes of our pictures, and q = 0, which is no rotation at all, becomes a proper one.
 
-    Returns means (n, 3), scales (n, 3), unit quats (n, 4) wxyz, opacities (n,), colors (n, 3); n may be 0.
-    UserError: a number that is not finite.
+    Splats with a number that is not finite are left out. Returns means (n, 3), scales (n, 3), unit quats (n, 4) wxyz,
+    opacities (n,), colors (n, 3); n may be 0.
     """
     means, scales, quats, opacities, colors = (t[index].detach().float().cpu() for t in gaussians)
-    if not all(t.isfinite().all() for t in (means, scales, quats, opacities, colors)):
-        raise UserError("the object has numbers that are not finite, so it cannot be written; is its LoRA damaged, or "
-                        "was it trained with too high an --lr or --beta?")
-    seen = opacities > ALPHA_MIN
+    seen = torch.cat([means, scales, quats, colors], 1).isfinite().all(1) & (opacities > ALPHA_MIN) & opacities.isfinite()
     means, scales, quats, opacities, colors = (t[seen] for t in (means, scales, quats, opacities, colors))
     length = quats.norm(dim=-1, keepdim=True)
     odd = (length[:, 0] - 1).abs() > 1e-5
@@ -119,7 +121,7 @@ def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, res
     UserError: nothing to be seen, or scikit-image or trimesh is missing.
     """
     measure, trimesh = mesh_libraries()
-    one = tuple(t[index:index + 1] for t in gaussians)
+    one = tuple(t[None].to(gaussians[0].device) for t in visible(gaussians, index))
     c2w, fxfycxcy = c2w.to(one[0]), fxfycxcy.to(one[0])
     low, high = bounds(one, c2w, fxfycxcy)
     voxel = float((high - low).max() / resolution)
@@ -285,3 +287,111 @@ def glb(made) -> bytes:
         tree["meshes"][0]["primitives"][0]["material"] = 0
 
     return mesh_libraries()[1].exchange.gltf.export_glb(linear, include_normals=True, tree_postprocessor=unlit)
+
+
+# ---- Which file is what --------------------------------------------------------------------------------------------
+
+
+class Index:
+    """samples.json of a folder: for every object's file what it was made from. Nothing is overwritten that is another.
+
+    A file's name tells the prompt, the seed and the sample; whatever else an object depends on (base, LoRA, sampler,
+    steps, guidance) is in the index, and where it differs, the new file gets another name.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path, self.entries = folder, folder / "samples.json", {}
+        try:
+            self.entries = dict(**json.loads(self.path.read_text(encoding="utf-8"))) if self.path.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path}, which says what the files beside it are, cannot be read ({error}); move it away "
+                            "or name another --out") from None
+        check_writable(folder)
+
+    def claim(self, stem: str, suffix: str, about: dict) -> Path:
+        """Where to write what `about` describes: STEM + suffix, or STEM-2 and so on if that is taken by something else."""
+        for number in range(1, 10 ** 6):
+            name = f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
+            if self.entries.get(name) == about or name not in self.entries and not (self.folder / name).exists():
+                return self.folder / name
+        raise UserError(f"{self.folder} is full of files called {stem}; name another --out")
+
+    def add(self, path: Path, about: dict) -> None:
+        """Say that `path` has been written."""
+        self.entries[path.name] = about
+        write_atomic(self.path, to_json(self.entries))
+
+
+def file_stem(prompt: str) -> str:
+    """A prompt as a part of a file's name: letters and digits of any script, at most about 100 bytes.
+
+    What was cut ends in a hash of the prompt, and so does what has no letters: two long prompts that begin alike differ.
+    """
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    short = words.encode()[:80].decode(errors="ignore").strip("-")
+    try:
+        os.fsencode(short)
+    except UnicodeEncodeError:                                  # a file system that only has other letters
+        short = ""
+    if short and short == words:
+        return short
+    return f"{short or 'prompt'}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+# ---- A denoiser of its own -----------------------------------------------------------------------------------------
+
+
+def check(mesh: bool, merge: bool, tuned: str | None, weights: str | None) -> None:
+    """UserError, before the work, for a mesh or a merged denoiser that cannot be made."""
+    if mesh:
+        mesh_libraries()
+    if merge and (not tuned or weights == "random"):
+        raise UserError("--merge needs --run, a run or a LoRA, and the base's own --weights; leave --merge out")
+
+
+def save_merged(net, base: str, weights: str | None, index: Index, about: dict) -> Path:
+    """Write the denoiser with its LoRA merged, as what --weights takes; returns that. `net` itself is merged by this.
+
+    For `shapes` a .safetensors file of the whole base. Else a folder laid out like the published repository: the merged
+    network in float32, and what it needs beside it, as hard links where the file system has them.
+    weights: where the base came from, as in --weights. index, about: of the folder to write to, and what is merged.
+    """
+    from safetensors.torch import save
+    net = net.float().cpu().merge_and_unload()
+    state = {name: value.detach().contiguous() for name, value in net.state_dict().items()}
+    folder = index.claim("merged", ".safetensors" if base == "shapes" else "", about)
+    if base == "shapes":
+        source = Path(weights or Path(__file__).with_name("shapes.safetensors"))
+        tensors, config = load_weights(source)
+        tensors |= {f"net.{name}": value for name, value in state.items()}
+        write_atomic(folder, save(tensors, config))
+    elif base == "gaussiancube":
+        files = gaussiancube.local_files(Path(weights)) if weights else gaussiancube.download()
+        own = files["net"].with_name("config.json")
+        for file in [files["mean"], files["std"], *[own] * own.is_file()]:
+            link(file, folder / "v1.1" / file.name)
+        write_atomic(folder / "v1.1" / gaussiancube.FILES["net"], to_bytes(lambda file: torch.save(state, file)))
+    else:
+        names, root = published.PUBLISHED[base], Path(weights) if weights else published.download(base)
+        vae = published.newest(root, names["vae"], "gsvae_*", "model.safetensors")
+        link(vae, folder / names["vae"] / "checkpoints" / vae.parent.name / vae.name)
+        place = folder / names["net"] / "checkpoints/000001" / names["part"]
+        write_atomic(place / "config.json", net.to_json_string())
+        write_atomic(place / "diffusion_pytorch_model.safetensors", save(state))
+    others = [] if base == "shapes" or not weights else Path(weights).iterdir()    # without, they are in the hub's cache
+    for part in others:
+        if part.is_dir() and re.match(r"text_encoder|tokenizer|vae$", part.name):
+            for file in filter(Path.is_file, part.rglob("*")):
+                link(file, folder / file.relative_to(weights))
+    index.add(folder, about)
+    return folder
+
+
+def link(source: Path, target: Path) -> None:
+    """`source` under a second name, or a copy of it where that cannot be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -53,7 +53,7 @@ def viewer(groups: list[tuple], captions: list[str], picture: bytes, *, radius: 
            limit: int) -> str:
     """A piece of HTML with one row of objects per group; every object turns with the others.
 
-    groups: Gaussians of len(captions) objects each. picture: a .png for browsers that cannot draw. radius: the cameras'
+    groups: Gaussians of at least len(captions) objects each. picture: a .png for browsers that cannot draw. radius: the cameras'
     distance from the origin. focal: in picture widths. limit: the most splats an object is shown with.
     """
     objects = [pack(group, index, limit) for group in groups for index in range(len(captions))]
