@@ -110,7 +110,7 @@ def mesh_libraries() -> tuple:
 
 
 @torch.no_grad()
-def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, resolution: int = 96, size: int = 256,
+def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, resolution: int = 80, size: int = 192,
          backend: str | None = None):
     """One object as a trimesh.Trimesh with vertex colours: truncated signed distance fusion, then marching cubes.
 
