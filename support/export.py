@@ -27,7 +27,7 @@ from kernels import rasterize
 from kernels.splat import ALPHA_MIN, _rotation
 from support import UserError, check_writable, gaussiancube, load_weights, published, to_bytes, to_json, write_atomic
 
-SOLID = 0.75        # of alpha: where a pixel shows a surface. The edge of a lattice of splats is there, not at 1/2
+SOLID = 0.95        # share of the object's usual alpha where a pixel shows its surface: splats reach past its edges
 FREE = 0.5          # how much a pixel without surface counts, against 1 for one that faces the camera
 SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
 PLY_FIELDS = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
@@ -131,7 +131,7 @@ def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, res
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
     views = look(one, c2w, fxfycxcy, size, backend)
-    truncation = 3 * max(voxel, float(one[1].amax(-1).median()))
+    truncation = max(3 * voxel, 1.5 * float(one[1].amax(-1).median()))
     distance = fuse(points, c2w, fxfycxcy, views, truncation).reshape(steps) - bias(one, c2w, fxfycxcy, views, truncation)
     distance = F.pad(distance, [1] * 6, value=1.0)              # closed at the box
     distance = torch.where(distance.abs() < 1e-4, 1e-4, distance)   # a vertex on a grid point makes empty triangles
@@ -156,8 +156,8 @@ def bounds(one: tuple, c2w: Tensor, fxfycxcy: Tensor) -> tuple[Tensor, Tensor]:
     if not solid.any():
         raise UserError("there is no surface to make a mesh of: the object is (almost) transparent")
     reach = (0.5 * c2w[:, :3, 3].norm(dim=-1) / fxfycxcy[:, 0]).max()
-    means, scales = means[solid].clamp(-reach, reach), scales[solid].amax(-1, keepdim=True)
-    return (means - scales).amin(0), (means + scales).amax(0)
+    means, size = means[solid].clamp(-reach, reach), scales[solid].amax(-1).median()
+    return means.amin(0) - size, means.amax(0) + size
 
 
 class View(NamedTuple):
@@ -184,7 +184,7 @@ def look(one: tuple, c2w: Tensor, fxfycxcy: Tensor, size: int, backend: str | No
         return tuple(torch.cat(part, 1)[0] for part in zip(*((p.image, p.alpha, p.median_depth) for p in parts)))
 
     image, alpha, depth = pictures(colors)
-    depth = depth * (alpha > SOLID)
+    depth = depth * (alpha > SOLID * alpha[alpha > 0.5].median()) if (alpha > 0.5).any() else 0 * depth
     outward = torch.zeros_like(means[0])
     for pose, lens, surface in zip(c2w, fxfycxcy, depth):
         z, place = project(means[0], pose, lens)
