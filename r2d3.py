@@ -352,7 +352,7 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
 
 # -----------------------------------------------------------------------------------------------------------
 # 4. Gaussians
-# Needs: kernels' Render and rasterize, support.write_atomic.
+# Needs: kernels' Render and rasterize. save_ply is in support/export.py.
 # -----------------------------------------------------------------------------------------------------------
 
 

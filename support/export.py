@@ -111,12 +111,13 @@ def mesh_libraries() -> tuple:
 
 @torch.no_grad()
 def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, resolution: int = 80, size: int = 192,
-         backend: str | None = None):
+         dilation: float = 0.0, backend: str | None = None):
     """One object as a trimesh.Trimesh with vertex colours: truncated signed distance fusion, then marching cubes.
 
     c2w (V, 4, 4), fxfycxcy (V, 4): cameras that see every side that the object has splats for, about 40. From a side
     without splats (DiffSplat has none underneath) one would look into the shell, and the mesh would be hollow there.
     resolution: voxels along the longest side of the object. size: pixels along a picture's side.
+    dilation: variance in squared picture sides by which the base's splats are widened in pictures.
     Colours are sRGB, as in pictures. Source: Curless and Levoy 1996; pixels that show nothing carve.
     UserError: nothing to be seen, or scikit-image or trimesh is missing.
     """
@@ -130,7 +131,7 @@ def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, res
     axes = [start + voxel * torch.arange(count, device=low.device) for start, count in zip(low, steps)]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
-    views = look(one, c2w, fxfycxcy, size, backend)
+    views = look(one, c2w, fxfycxcy, size, dilation, backend)
     truncation = max(3 * voxel, 1.5 * float(one[1].amax(-1).median()))
     distance = fuse(points, c2w, fxfycxcy, views, truncation).reshape(steps) - bias(one, c2w, fxfycxcy, views, truncation)
     distance = F.pad(distance, [1] * 6, value=1.0)              # closed at the box
@@ -168,7 +169,7 @@ class View(NamedTuple):
     image: Tensor       # colours without the background
 
 
-def look(one: tuple, c2w: Tensor, fxfycxcy: Tensor, size: int, backend: str | None) -> list[View]:
+def look(one: tuple, c2w: Tensor, fxfycxcy: Tensor, size: int, dilation: float, backend: str | None) -> list[View]:
     """A View of every camera.
 
     Splat grids have holes where none of their own views looked, on top and underneath; through them one sees the shell
@@ -179,7 +180,8 @@ def look(one: tuple, c2w: Tensor, fxfycxcy: Tensor, size: int, backend: str | No
 
     def pictures(colors: Tensor) -> tuple[Tensor, ...]:
         parts = [rasterize(means, quats, scales, opacities, colors, c2w[None, view:view + 8],
-                           fxfycxcy[None, view:view + 8], size, size, (0.0, 0.0, 0.0), backend=backend)
+                           fxfycxcy[None, view:view + 8], size, size, (0.0, 0.0, 0.0), backend=backend,
+                           dilation=dilation * size ** 2)
                  for view in range(0, len(c2w), 8)]             # a few at a time: memory
         return tuple(torch.cat(part, 1)[0] for part in zip(*((p.image, p.alpha, p.median_depth) for p in parts)))
 

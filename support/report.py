@@ -26,16 +26,16 @@ td:first-child,th:first-child{text-align:left}"""
 
 
 def files(before: Tensor, after: Tensor, captions: list[str], objects: list[tuple], turntable: bytes, rows: list[dict],
-          summary: dict, title: str, settings: str, *, radius: float, focal: float) -> dict[str, bytes | str]:
+          summary: dict, title: str, settings: str, camera: tuple[float, float, float]) -> dict[str, bytes | str]:
     """Everything, by file name.
 
     before, after: (n, 3, H, W) in [0, 1], with n captions. objects: their Gaussians, before and after, of which the first
-    four can be turned; radius, focal as viewer.viewer takes them. rows: the training's log, may be empty. summary:
+    four can be turned; camera as viewer.viewer takes it. rows: the training's log, may be empty. summary:
     {metric: {"before", "after", "after_ci95", "ci95"}}.
     """
     shown = captions[:4]
     still = png(picture_rows(torch.stack([before[:len(shown)], after[:len(shown)]])))
-    turning = viewer.viewer(objects, shown, still, radius=radius, focal=focal, limit=3000)
+    turning = viewer.viewer(objects, shown, still, camera, limit=3000)
     out = {"samples/before_after.png": png(labelled(torch.cat([before, after], 2), captions, min(6, len(captions)))),
            "samples/turntable.gif": turntable}
     if rows:
@@ -73,11 +73,11 @@ def paper_section(summary: dict) -> str:
             f"<table><tr><th><th>before<th>after<th>95% of after{published}</tr>{lines}</table>")
 
 
-def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes, about: dict, *, radius: float,
-                focal: float, mesh_cameras: tuple[Tensor, Tensor] | None, backend: str | None) -> None:
+def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes, about: dict,
+                camera: tuple[float, float, float], mesh_cameras: tuple[Tensor, Tensor] | None, backend: str | None) -> None:
     """One object's files: path is the .ply; beside it an .html to turn it, a .png, a .gif and, with cameras, a .glb.
 
-    pictures (1, V, 3, H, W); radius and focal as viewer.viewer takes them. A mesh that cannot be made is said, and no error.
+    pictures (1, V, 3, H, W); camera as viewer.viewer takes it. A mesh that cannot be made is said, and no error.
     """
     if export.write_ply(path, gaussians) == 0:
         say(f"nothing can be seen of {path}, it holds no splats: look at --run and --weights")
@@ -85,11 +85,11 @@ def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes
     write_atomic(path.with_suffix(".png"), views)
     write_atomic(path.with_suffix(".gif"), turntable)
     lines = "".join(f"<tr><td>{html.escape(str(key))}<td>{html.escape(str(value))}" for key, value in about.items())
-    body = viewer.viewer([gaussians], [""], views, radius=radius, focal=focal, limit=131072)
+    body = viewer.viewer([gaussians], [""], views, camera, limit=131072)
     write_atomic(path.with_suffix(".html"), viewer.page(about["prompt"], f"{body}<table>{lines}</table>"))
     if mesh_cameras:
         try:
-            made = export.mesh(gaussians, *mesh_cameras, backend=backend)
+            made = export.mesh(gaussians, *mesh_cameras, dilation=camera[2], backend=backend)
             write_atomic(path.with_suffix(".glb"), export.glb(made))
         except UserError as error:
             say(f"{path.with_suffix('.glb')} was not made: {error}")

@@ -1,8 +1,8 @@
 // Draws objects made of Gaussian splats, all turned by one drag: plain WebGL 2, no library, no network.
 //
 // view(root, scene): `root` holds a canvas that is hidden and a picture that is not. Where WebGL 2 works they change
-// places; where it does not, the picture stays. scene = {columns, radius, focal, elevation, azimuth, objects: [{count,
-// low, size, logs, splats}]}, written by viewer.py. World: +y up, azimuth 0 looks from +z. Cameras: x right, y down,
+// places; where it does not, the picture stays. scene = {columns, radius, focal, dilation, elevation, azimuth, objects:
+// [{count, low, size, logs, splats}]}, written by viewer.py. World: +y up, azimuth 0 looks from +z. Cameras: x right, y down,
 // z forward. A splat is 16 bytes: x y z (16 bits each), logarithms of three scales, quaternion x y z, red green blue
 // opacity (8 bits each).
 "use strict";
@@ -15,6 +15,7 @@ uniform vec2 logs;
 uniform mat3 view;          // world to camera
 uniform float focal;        // in pixels
 uniform float pixels;       // the viewport's side
+uniform float dilation;     // in square pixels
 in uint index;
 out vec4 color;
 out vec2 place;             // in standard deviations
@@ -37,7 +38,7 @@ void main() {
   vec3 depthRow = vec3(M[0].z, M[1].z, M[2].z);
   vec3 a = focal / t.z * (vec3(M[0].x, M[1].x, M[2].x) - t.x / t.z * depthRow);
   vec3 b = focal / t.z * (vec3(M[0].y, M[1].y, M[2].y) - t.y / t.z * depthRow);
-  float xx = dot(a, a) + 0.05, xy = dot(a, b), yy = dot(b, b) + 0.05;    // so that no splat falls between pixels
+  float xx = dot(a, a) + dilation, xy = dot(a, b), yy = dot(b, b) + dilation;
   float middle = 0.5 * (xx + yy), spread = length(vec2(0.5 * (xx - yy), xy));
   float longest = middle + spread, shortest = max(middle - spread, 1e-3);
   vec2 axis = spread < 1e-6 ? vec2(1.0, 0.0) : abs(xy) > 1e-6 ? normalize(vec2(xy, longest - xx))
@@ -131,6 +132,7 @@ function view(root, scene) {
     gl.uniform3fv(uniform("eye"), back.map(v => v * distance));
     gl.uniform1f(uniform("focal"), scene.focal * side);
     gl.uniform1f(uniform("pixels"), side);
+    gl.uniform1f(uniform("dilation"), Math.max(0.05, scene.dilation * side * side));    // so that no splat falls between pixels
     objects.forEach((object, n) => {
       const x = n % scene.columns * side, y = (rows - 1 - Math.floor(n / scene.columns)) * side;
       gl.viewport(x, y, side, side);

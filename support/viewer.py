@@ -49,18 +49,20 @@ def pack(gaussians: tuple, index: int, limit: int) -> dict:
             "splats": base64.b64encode(words.numpy().astype("<u4").tobytes()).decode()}
 
 
-def viewer(groups: list[tuple], captions: list[str], picture: bytes, *, radius: float, focal: float,
+def viewer(groups: list[tuple], captions: list[str], picture: bytes, camera: tuple[float, float, float], *,
            limit: int) -> str:
     """A piece of HTML with one row of objects per group; every object turns with the others.
 
-    groups: Gaussians of at least len(captions) objects each. picture: a .png for browsers that cannot draw. radius: the cameras'
-    distance from the origin. focal: in picture widths. limit: the most splats an object is shown with.
+    groups: Gaussians of at least len(captions) objects each. picture: a .png for browsers that cannot draw.
+    camera: its distance from the origin, its focal length in picture widths, and the variance in squared picture widths by
+    which the base's splats are widened on the screen. limit: the most splats an object is shown with.
     """
     objects = [pack(group, index, limit) for group in groups for index in range(len(captions))]
     thinned = [one for one in objects if one["count"] < one["of"]]
     note = (f"Shown with at most {limit:,} splats an object, of up to {max(one['of'] for one in thinned):,}. "
             if thinned else "")
-    scene = {"columns": len(captions), "radius": radius, "focal": focal, "elevation": 20, "azimuth": 30, "objects": objects}
+    scene = {"columns": len(captions), **dict(zip(("radius", "focal", "dilation"), camera)), "elevation": 20, "azimuth": 30,
+             "objects": objects}
     data = json.dumps(scene).replace("<", "\\u003c")            # no text can end the script
     script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
     names = "".join(f"<span>{html.escape(caption)}</span>" for caption in captions)
