@@ -1562,7 +1562,7 @@ def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSc
 
 @torch.no_grad()
 def sample(config: Config, base: Base | None = None) -> list[Path]:
-    """Make objects: for each a .ply, an .html to turn it, a .png of four views, a .gif; samples.json says what.
+    """Make objects: for each a .ply, an .html to turn it, a .png of four views, a .gif; and samples.json.
 
     An object depends on seed, prompt and its number among the prompt's samples, not on the other prompts.
     """

@@ -1,6 +1,6 @@
-"""What other programs read: a .ply of splats, a .glb with a mesh, the denoiser with its LoRA merged; and an index of it.
+"""What other programs read: splats as .ply, meshes as .glb, the denoiser with its LoRA merged; and an index of files.
 
-r2d3.py hands in Gaussians (means, scales, quats, opacities, colors, each with a first dimension of objects) and cameras.
+r2d3.py hands in cameras and Gaussians: means, scales, quats, opacities, colors, with a first dimension of objects.
 
 Orientation. This project's world has +y up, azimuth 0 looks from +z. A .glb says the same (glTF: +y up, the front is
 +z), so meshes are written as they are. A splat .ply carries no such word. What INRIA's training writes comes from
@@ -48,7 +48,8 @@ def visible(gaussians: tuple, index: int = 0) -> tuple[Tensor, Tensor, Tensor, T
     opacities (n,), colors (n, 3); n may be 0.
     """
     means, scales, quats, opacities, colors = (t[index].detach().float().cpu() for t in gaussians)
-    seen = torch.cat([means, scales, quats, colors], 1).isfinite().all(1) & (opacities > ALPHA_MIN) & opacities.isfinite()
+    finite = torch.cat([means, scales, quats, opacities[:, None], colors], 1).isfinite().all(1)
+    seen = finite & (opacities > ALPHA_MIN)
     means, scales, quats, opacities, colors = (t[seen] for t in (means, scales, quats, opacities, colors))
     length = quats.norm(dim=-1, keepdim=True)
     odd = (length[:, 0] - 1).abs() > 1e-5
@@ -133,7 +134,8 @@ def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, res
 
     views = look(one, c2w, fxfycxcy, size, dilation, backend)
     truncation = max(3 * voxel, 1.5 * float(one[1].amax(-1).median()))
-    distance = fuse(points, c2w, fxfycxcy, views, truncation).reshape(steps) - bias(one, c2w, fxfycxcy, views, truncation)
+    distance = fuse(points, c2w, fxfycxcy, views, truncation).reshape(steps)
+    distance = distance - bias(one, c2w, fxfycxcy, views, truncation)
     distance = F.pad(distance, [1] * 6, value=1.0)              # closed at the box
     distance = torch.where(distance.abs() < 1e-4, 1e-4, distance)   # a vertex on a grid point makes empty triangles
     if not (distance < 0).any():
@@ -199,7 +201,8 @@ def look(one: tuple, c2w: Tensor, fxfycxcy: Tensor, size: int, dilation: float, 
     sides = F.normalize(2 * pictures((outward / 2 + 0.5)[None])[0] - alpha, dim=1)
     y, x = torch.meshgrid(*[(torch.arange(size).to(means) + 0.5) / size] * 2, indexing="ij")
     fx, fy, cx, cy = fxfycxcy.T[..., None, None]
-    rays = F.normalize(torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(len(c2w), -1, -1)], 1), dim=1)
+    rays = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(len(c2w), -1, -1)], 1)
+    rays = F.normalize(rays, dim=1)
     facing = -(sides * torch.einsum("vij,vjhw->vihw", c2w[:, :3, :3], rays)).sum(1, keepdim=True)
     return [View(*parts) for parts in zip(depth, facing, image / alpha.clamp(min=0.5))]
 
@@ -272,7 +275,7 @@ def color(vertices: Tensor, c2w: Tensor, fxfycxcy: Tensor, views: list[View], to
 
 
 def glb(made) -> bytes:
-    """A mesh as a binary glTF 2.0 file, whose vertex colours are shown as they are: our colours have their light in them.
+    """A mesh as a binary glTF 2.0 file. Its colours are shown as they are, unlit: ours have their light in them.
 
     glTF wants linear colours. Viewers without KHR_materials_unlit light a rough surface that is no metal.
     """
@@ -283,8 +286,8 @@ def glb(made) -> bytes:
     linear.visual.vertex_colors = colors
 
     def unlit(tree: dict) -> None:
-        tree["materials"] = [{"name": "vertex colours", "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
-                              "extensions": {"KHR_materials_unlit": {}}}]
+        rough = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+        tree["materials"] = [{"pbrMetallicRoughness": rough, "extensions": {"KHR_materials_unlit": {}}}]
         tree["extensionsUsed"] = ["KHR_materials_unlit"]
         tree["meshes"][0]["primitives"][0]["material"] = 0
 
@@ -306,12 +309,12 @@ class Index:
         try:
             self.entries = dict(**json.loads(self.path.read_text(encoding="utf-8"))) if self.path.is_file() else {}
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.path}, which says what the files beside it are, cannot be read ({error}); move it away "
-                            "or name another --out") from None
+            raise UserError(f"{self.path}, which says what the files beside it are, cannot be read ({error}); move it "
+                            "away or name another --out") from None
         check_writable(folder)
 
     def claim(self, stem: str, suffix: str, about: dict) -> Path:
-        """Where to write what `about` describes: STEM + suffix, or STEM-2 and so on if that is taken by something else."""
+        """Where to write what `about` describes: STEM + suffix, or STEM-2 and so on if something else is there."""
         for number in range(1, 10 ** 6):
             name = f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
             if self.entries.get(name) == about or name not in self.entries and not (self.folder / name).exists():
@@ -327,7 +330,7 @@ class Index:
 def file_stem(prompt: str) -> str:
     """A prompt as a part of a file's name: letters and digits of any script, at most about 100 bytes.
 
-    What was cut ends in a hash of the prompt, and so does what has no letters: two long prompts that begin alike differ.
+    What was cut, or has no letters, ends in a hash of the prompt: two long prompts that begin alike differ.
     """
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
     short = words.encode()[:80].decode(errors="ignore").strip("-")
@@ -380,7 +383,8 @@ def save_merged(net, base: str, weights: str | None, index: Index, about: dict) 
         place = folder / names["net"] / "checkpoints/000001" / names["part"]
         write_atomic(place / "config.json", net.to_json_string())
         write_atomic(place / "diffusion_pytorch_model.safetensors", save(state))
-    others = [] if base == "shapes" or not weights else Path(weights).iterdir()    # without, they are in the hub's cache
+    # Without --weights the text encoder is in the hub's cache, where it will be found again.
+    others = [] if base == "shapes" or not weights else Path(weights).iterdir()
     for part in others:
         if part.is_dir() and re.match(r"text_encoder|tokenizer|vae$", part.name):
             for file in filter(Path.is_file, part.rglob("*")):

@@ -29,8 +29,8 @@ def files(before: Tensor, after: Tensor, captions: list[str], objects: list[tupl
           summary: dict, title: str, settings: str, camera: tuple[float, float, float]) -> dict[str, bytes | str]:
     """Everything, by file name.
 
-    before, after: (n, 3, H, W) in [0, 1], with n captions. objects: their Gaussians, before and after, of which the first
-    four can be turned; camera as viewer.viewer takes it. rows: the training's log, may be empty. summary:
+    before, after: (n, 3, H, W) in [0, 1], with n captions. objects: their Gaussians, before and after; the first four can
+    be turned; camera as viewer.viewer takes it. rows: the training's log, may be empty. summary:
     {metric: {"before", "after", "after_ci95", "ci95"}}.
     """
     shown = captions[:4]
@@ -74,7 +74,8 @@ def paper_section(summary: dict) -> str:
 
 
 def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes, about: dict,
-                camera: tuple[float, float, float], mesh_cameras: tuple[Tensor, Tensor] | None, backend: str | None) -> None:
+                camera: tuple[float, float, float], mesh_cameras: tuple[Tensor, Tensor] | None,
+                backend: str | None) -> None:
     """One object's files: path is the .ply; beside it an .html to turn it, a .png, a .gif and, with cameras, a .glb.
 
     pictures (1, V, 3, H, W); camera as viewer.viewer takes it. A mesh that cannot be made is said, and no error.

@@ -2,8 +2,8 @@
 //
 // view(root, scene): `root` holds a canvas that is hidden and a picture that is not. Where WebGL 2 works they change
 // places; where it does not, the picture stays. scene = {columns, radius, focal, dilation, elevation, azimuth, objects:
-// [{count, low, size, logs, splats}]}, written by viewer.py. World: +y up, azimuth 0 looks from +z. Cameras: x right, y down,
-// z forward. A splat is 16 bytes: x y z (16 bits each), logarithms of three scales, quaternion x y z, red green blue
+// [{count, low, size, logs, splats}]}, written by viewer.py. World: +y up, azimuth 0 looks from +z. Cameras: x right,
+// y down, z forward. A splat is 16 bytes: x y z (16 bits each), logarithms of three scales, quaternion x y z, red green blue
 // opacity (8 bits each).
 "use strict";
 
@@ -83,7 +83,9 @@ function view(root, scene) {
     bytes.set(Uint8Array.from(atob(object.splats), letter => letter.charCodeAt(0)));
     const texture = gl.createTexture();
     gl.bindTexture(gl.TEXTURE_2D, texture);
-    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+    for (const filter of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) {
+      gl.texParameteri(gl.TEXTURE_2D, filter, gl.NEAREST);
+    }
     gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA32UI, 1024, rows, 0, gl.RGBA_INTEGER, gl.UNSIGNED_INT,
                   new Uint32Array(bytes.buffer));
     return {...object, texture, words: new Uint16Array(bytes.buffer), order: new Uint32Array(object.count),
@@ -132,7 +134,7 @@ function view(root, scene) {
     gl.uniform3fv(uniform("eye"), back.map(v => v * distance));
     gl.uniform1f(uniform("focal"), scene.focal * side);
     gl.uniform1f(uniform("pixels"), side);
-    gl.uniform1f(uniform("dilation"), Math.max(0.05, scene.dilation * side * side));    // so that no splat falls between pixels
+    gl.uniform1f(uniform("dilation"), Math.max(0.05, scene.dilation * side * side));    // none falls between pixels
     objects.forEach((object, n) => {
       const x = n % scene.columns * side, y = (rows - 1 - Math.floor(n / scene.columns)) * side;
       gl.viewport(x, y, side, side);

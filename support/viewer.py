@@ -39,7 +39,8 @@ def pack(gaussians: tuple, index: int, limit: int) -> dict:
     first, reach = logs.min(), (logs.max() - logs.min()).clamp(min=1e-6)
     x, y, z = whole((means - low) / size, 65535).unbind(-1)
     s = whole((logs - first) / reach, 255)
-    q = ((quats[:, 1:] * torch.where(quats[:, :1] < 0, -1.0, 1.0)) * 127).round().long() + 127   # w is what is missing to 1
+    q = quats[:, 1:] * torch.where(quats[:, :1] < 0, -1.0, 1.0)     # w is what is missing to 1
+    q = (q * 127).round().long() + 127
     c = whole(torch.cat([colors, opacities[:, None]], 1), 255)
     words = torch.stack([x | y << 16, z | s[:, 0] << 16 | s[:, 1] << 24,
                          s[:, 2] | q[:, 0] << 8 | q[:, 1] << 16 | q[:, 2] << 24,
@@ -54,15 +55,16 @@ def viewer(groups: list[tuple], captions: list[str], picture: bytes, camera: tup
     """A piece of HTML with one row of objects per group; every object turns with the others.
 
     groups: Gaussians of at least len(captions) objects each. picture: a .png for browsers that cannot draw.
-    camera: its distance from the origin, its focal length in picture widths, and the variance in squared picture widths by
-    which the base's splats are widened on the screen. limit: the most splats an object is shown with.
+    camera: its distance from the origin, its focal length in picture widths, and the variance, in squared picture widths,
+    by which the base's splats are widened on the screen. limit: the most splats an object is shown with.
     """
     objects = [pack(group, index, limit) for group in groups for index in range(len(captions))]
     thinned = [one for one in objects if one["count"] < one["of"]]
     note = (f"Shown with at most {limit:,} splats an object, of up to {max(one['of'] for one in thinned):,}. "
             if thinned else "")
-    scene = {"columns": len(captions), **dict(zip(("radius", "focal", "dilation"), camera)), "elevation": 20, "azimuth": 30,
-             "objects": objects}
+    radius, focal, dilation = camera
+    scene = {"columns": len(captions), "radius": radius, "focal": focal, "dilation": dilation, "elevation": 20,
+             "azimuth": 30, "objects": objects}
     data = json.dumps(scene).replace("<", "\\u003c")            # no text can end the script
     script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
     names = "".join(f"<span>{html.escape(caption)}</span>" for caption in captions)
