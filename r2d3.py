@@ -82,8 +82,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, check_writable, cli, export, gaussiancube, metrics, published, report, run,
-                     say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
+from support import (UserError, check_writable, cli, export, gaussiancube, metrics, presets, published, report,
+                     run, say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
 from support.export import SH_C0, write_ply as save_ply
 from support.metrics import Features, Measurement
 from support.published import join_views
@@ -101,7 +101,7 @@ HERE = Path(__file__).resolve().parent
 # 2. Config
 # Every setting of a run. The command line and --help are made from this text: a comment of the form
 # "[commands] heading" begins a group, and what stands behind a field is its help. A default of None is filled
-# in by `resolve` from PRESETS, by base, recipe and reward. Needs: support.cli, support.run.
+# in by `resolve` from support/presets.py, by base, recipe and reward. Needs: support's cli, presets and run.
 # -----------------------------------------------------------------------------------------------------------
 
 BaseName = Literal["shapes", "diffsplat-pixart", "diffsplat-sd15", "diffsplat-sd35", "gaussiancube"]
@@ -201,45 +201,6 @@ class Config:
     #   similarity as the paper averages them, beside its own numbers
 
 
-# What a recipe sets; the paper's lambda depends on the reward, see `resolve`.
-RECIPES = {
-    "paper": {"estimator": "step", "matching": "score", "branch": "guided", "time_weight": "squared",
-              "last_step": "always", "skip_below": 0.0},
-    "fast": {"estimator": "sample", "matching": "eps", "branch": "conditional", "time_weight": "squared",
-             "last_step": "always", "skip_below": 0.25, "reg_weight": 1.0},
-}
-PAPER_REG_WEIGHT = {"aesthetic": 3e3, "laion": 3e3,
-                    "hpsv2": 5e3, "hps-v2.1": 5e3, "hps-v2.0": 5e3}     # geometry rewards: 1e4
-
-# The paper's settings for its bases. Its text gives two values of beta for the aesthetic reward (2e6 in the
-# released code and in an ablation, 1e7 in one sentence); 2e6 is taken.
-PAPER = {
-    "": {"recipe": "paper", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 100, "batch_size": 16,
-         "updates_per_epoch": 4, "micro_batch": 2, "lr": 1e-4, "beta": 1e6, "views": 4, "view_size": 512},
-    "aesthetic": {"beta": 2e6}, "laion": {"beta": 2e6},
-    "hpsv2": {"beta": 1e7}, "hps-v2.1": {"beta": 1e7}, "hps-v2.0": {"beta": 1e7},
-    "normal": {"min_quantile": 0.2}, "marigold": {"min_quantile": 0.2}, "dnc": {"min_quantile": 0.2},
-}
-# By base. Later ones win: what stands under "", the first reward named (a sum takes its beta), the recipe,
-# the method, and last what the user gives.
-PRESETS = {
-    "shapes": {     # chosen from experiments/results/compare.jsonl
-        "": {"recipe": "fast", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 6, "batch_size": 16,
-             "updates_per_epoch": 16, "micro_batch": 16, "lr": 1e-3, "beta": 1000.0, "views": 2,
-             "view_size": 48},
-        "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},
-        "draft": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 1, "lr": 2e-4},
-        "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-3, "last_step": "never"},
-    },
-    "diffsplat-pixart": PAPER | {"": PAPER[""] | {"lora_rank": 16}},
-    "diffsplat-sd15": PAPER | {"": PAPER[""] | {"sampler": "ddim"}},
-    "gaussiancube": PAPER | {"": PAPER[""] | {"steps": 50}},
-    # The paper trains no rectified flow. A match in v, the network's own output, needs a lambda like that of
-    # "fast": the paper's belongs to a match of scores, which weighs noise levels by k squared.
-    "diffsplat-sd35": PAPER | {"": PAPER[""] | {"steps": 28, "lora_rank": 16},
-                               "nabla": {"matching": "v", "reg_weight": 1.0, "last_step": "never"},
-                               "ddpo": {"last_step": "never"}},
-}
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0     # of AdamW, and of all LoRA gradients together (paper)
 DDPO_CLIP = {"shapes": 1e-2}                # how far DDPO's likelihood ratio may leave 1; 1e-4 elsewhere
 
@@ -249,13 +210,8 @@ def resolve(config: Config, command: str = "train") -> Config:
 
     Raises UserError for settings that cannot work. The guidance stays None if it is the base's own.
     """
-    presets = PRESETS.get(config.base, PRESETS["shapes"])       # for a base of the caller's own, too
     rewards = [name for name, _ in run.reward_terms(config.reward)]
-    defaults = presets[""] | presets.get(rewards[0], {})
-    recipe = config.recipe or defaults["recipe"]
-    defaults |= {"reg_weight": PAPER_REG_WEIGHT.get(rewards[0], 1e4)} | RECIPES[recipe]
-    defaults |= presets.get(config.method, {}) | {"recipe": recipe}
-    defaults["min_quantile"] = max(presets.get(reward, {}).get("min_quantile", 0.0) for reward in rewards)
+    defaults = presets.defaults(config.base, config.recipe, rewards, config.method)
     rewards = "-".join(Path(reward.rpartition(":")[0] or reward).stem for reward in rewards)
     method = "" if config.method == "nabla" else f"-{config.method}"
     kind = "shapes" if config.base == "shapes" else "objects"
@@ -835,9 +791,8 @@ def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: b
     function has a `.title` that says what measures it. Raises UserError for what cannot be loaded or is not a
     number.
     """
-    terms = []
-    for name, weight in run.reward_terms(spec):
-        terms.append((float(weight or 1), *load_reward_term(name, base, device, checkpoint, untrained)))
+    terms = [(float(weight or 1), *load_reward_term(name, base, device, checkpoint, untrained))
+             for name, weight in run.reward_terms(spec)]
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
         return sum(weight * run.call_reward(function, title, render, prompts)
@@ -1316,15 +1271,7 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
     """Load base and reward, encode the prompts, and find out now whether the reward can be trained."""
     base = base or load_base(config, config.device)
     schedule = base.schedule(config.sampler, config.steps)
-    trained = torch.arange(config.steps - (config.last_step == "never"))
-    if config.method in ("nabla", "ddpo") and not schedule.step(trained)[2].all():
-        raise UserError("a step that draws no noise cannot be trained: a rectified flow's last one (give "
-                        "--last-step never) and all of --sampler euler (train with dpm, sample with euler)")
-
-    picked = pick_steps(config, seeded(0))
-    if not picked or config.method == "nabla" and config.skip_below and picked == [config.steps - 1]:
-        raise UserError(f"with --steps {config.steps} no step of the sampler is trained on the reward; use "
-                        f"--steps {math.ceil(2 / config.fraction)} or more, or a larger --fraction")
+    cli.check_steps(config, schedule, pick_steps(config, seeded(0)))
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
     run.prepare(base, reward, prompts, config.prompts, config.test_prompts)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
@@ -1372,21 +1319,14 @@ def train(config: Config, base: Base | None = None) -> dict:
     features = metrics.load_features(base.tower, config.device)
     if not quiet:
         about = report.describe(dataclasses.asdict(config), reward.title) | {"identity": identity}
-        steps = len(pick_steps(config, seeded(0)))
-        print(report.plan(about, world, steps, len(prompts), len(test_prompts), state and state["epoch"]))
-        write_atomic(out / "config.json", to_json(about))
-        if not state:
-            run.copy_source(HERE, out / "source", config.reward)
+        print(report.plan(about, world, len(pick_steps(config, seeded(0))), len(prompts), len(test_prompts),
+                          state and state["epoch"]))
+        run.begin(out, HERE, about, state)
     prompts = filter_prompts(job, prompts, identity)
     if isinstance(config.beta, str):        # exp(beta r) moves r by beta times its variance within a prompt
         few = prompts[::max(1, len(prompts) // 12)][:12], dataclasses.replace(config, samples_per_prompt=8)
         sampled = measure(base, reward, features, job.schedule, *few, config.seed, "spread", rank, world)
-        spread = sampled.reward.std(1).mean().item()
-        if spread < 1e-9:
-            raise UserError(f"--beta {config.beta}: the reward is the same for all of a prompt's objects")
-        job = job._replace(config=dataclasses.replace(config, beta=float(config.beta[:-2]) / spread))
-        if not quiet:
-            print(f"beta is {job.config.beta:.4g}: within a prompt the reward spreads by {spread:.4g}")
+        job = job._replace(config=dataclasses.replace(config, beta=metrics.beta_of(config.beta, sampled, quiet)))
 
     common = base, reward, features, job.schedule, test_prompts, config
 
@@ -1588,23 +1528,22 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     check_writable(folder)                                      # what cannot be written fails before the work
     export.check(config.mesh, config.merge, config.run, config.weights)
     config, base, schedule = load_tuned(resolve(config, "sample"), base)
-    names = ("base", "run", "seed", "sampler", "steps", "guidance", "precision")
-    common = {name: getattr(config, name) for name in names} | {"weights": run.identify(base, "")["weights"]}
-    index, null, written = export.Index(folder), base.encode([""]), []
-    azimuth = 36.0 * torch.arange(10) + 9.0 * torch.arange(4)[:, None]
-    elevation = torch.tensor([[-20.0], [0.0], [base.elevation], [base.elevation + 20.0]])
-    forty = orbit(elevation, azimuth, base.radius).flatten(0, 1), intrinsics(40)
+    index, written = export.Index(folder, vars(config), run.identify(base, "")["weights"]), []
+    forty = export.mesh_angles(base.elevation)                  # cameras all around, if a mesh is wanted
+    forty = orbit(*forty, base.radius), intrinsics(len(forty[0]))
     run.prepare(base, None, prompts, config.prompts)
+    null = base.encode([""])
     objects = [(prompt, s) for prompt in prompts for s in range(config.samples_per_prompt)]
     for start in range(0, len(objects), config.eval_batch):
         chunk = objects[start:start + config.eval_batch]
-        cond, generators = base.encode([prompt for prompt, _ in chunk]), [seeded(config.seed, *o) for o in chunk]
+        cond = base.encode([prompt for prompt, _ in chunk])
+        generators = [seeded(config.seed, prompt, s) for prompt, s in chunk]
         bar = partial(tqdm, desc=f"objects {start + 1} to {start + len(chunk)}", leave=False)
-        gaussians = base.decode(rollout(base, schedule, cond, null, config.guidance, generators, bar, keep=False))
+        x0 = rollout(base, schedule, cond, null, config.guidance, generators, bar, keep=False)
+        gaussians = base.decode(x0)
         pictures = render(gaussians, *base.cameras(len(chunk)), 256, config.backend, base.dilation).image
         for n, (prompt, s) in enumerate(chunk):
-            about = {"prompt": prompt, "sample": s, **common}
-            path = index.claim(f"{export.file_stem(prompt)}-seed{config.seed}-{s}", ".ply", about)
+            path, about = index.claim(prompt, s)
             one = Gaussians(*(tensor[n:n + 1] for tensor in gaussians))
             around = turntable(one, 256, backend=config.backend, dilation=base.dilation)
             report.save_object(path, one, pictures[n:n + 1], around, about,
@@ -1614,7 +1553,7 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
             print(path)
             written.append(path)
     if config.merge:
-        print(f"--weights {export.save_merged(base.net, config.base, config.weights, index, common)}")
+        print(f"--weights {export.save_merged(base.net, config.base, config.weights, index)}")
     return written
 
 

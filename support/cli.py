@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import math
 import os
 import re
 import signal
@@ -128,6 +129,18 @@ def check(config) -> None:
     on_cpu = torch.device(config.device).type == "cpu"
     if config.backend == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
         raise UserError("--backend triton needs a GPU; on a CPU leave --backend out")
+
+
+def check_steps(config, schedule, picked: list[int]) -> None:
+    """Raise UserError if none of the sampler's steps can be trained; `picked` are those that one trajectory trains."""
+    trained = torch.arange(config.steps - (config.last_step == "never"))
+    if config.method in ("nabla", "ddpo") and not schedule.step(trained)[2].all():
+        raise UserError("a step that draws no noise cannot be trained: a rectified flow's last one (give --last-step never) "
+                        "and all of --sampler euler (train with dpm, sample with euler)")
+    without_reward = config.method == "nabla" and config.skip_below and picked == [config.steps - 1]
+    if not picked or without_reward:
+        raise UserError(f"with --steps {config.steps} no step of the sampler is trained on the reward; use --steps "
+                        f"{math.ceil(2 / config.fraction)} or more, or a larger --fraction")
 
 
 class Stream:

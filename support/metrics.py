@@ -358,6 +358,20 @@ def print_paper_protocol(result: dict, features: str) -> None:
         print(f"{when:<8}measured: {measured}   paper: {' / '.join(f'{number:.2f}' for number in numbers)}")
 
 
+def beta_of(given: str, base: Measurement, quiet: bool) -> float:
+    """beta from "2sd": that many standard deviations of the reward within a prompt, measured on the untouched base.
+
+    exp(beta r) moves the mean of r by beta times its variance within a prompt, so that is a move by beta deviations.
+    """
+    spread = base.reward.std(1).mean().item()
+    if not spread > 1e-9:
+        raise UserError(f"--beta {given}: the reward is the same for all of a prompt's objects")
+    beta = float(given.removesuffix("sd")) / spread
+    if not quiet:
+        print(f"beta is {beta:.4g}: within a prompt the reward spreads by {spread:.4g}")
+    return beta
+
+
 def titles(summary: dict) -> dict[str, str]:
     """The metrics that the summary tells something of: one object of a prompt has no diversity."""
     return {name: title for name, title in METRICS.items()

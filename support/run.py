@@ -504,6 +504,13 @@ def warn_if_changed(tuned: str, base, reward: str) -> None:
             say(f"{what} is not what {tuned} was trained with")
 
 
+def begin(out: Path, home: Path, about: dict, state: dict | None) -> None:
+    """Write config.json, and for a run that does not go on from a checkpoint the source it is made with."""
+    write_atomic(out / "config.json", to_json(about))
+    if not state:
+        copy_source(home, out / "source", about["config"]["reward"])
+
+
 def copy_source(home: Path, folder: Path, reward: str) -> None:
     """The code that a run was made with, beside its results; a reward of one's own in source/reward."""
     for pattern in ("r2d3.py", "kernels/*.py", "support/*.py"):
