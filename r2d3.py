@@ -62,7 +62,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -83,8 +82,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, check_writable, cli, gaussiancube, metrics, published, report, run, say,
-                     say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
+from support import (UserError, cli, export, gaussiancube, metrics, published, report, run, say_not_finite,
+                     scorers, shapes, to_bytes, to_json, write_atomic)
+from support.export import SH_C0, write_ply as save_ply
 from support.metrics import Features, Measurement
 from support.published import join_views
 from support.run import frozen, load_lora, load_prompts, phase
@@ -193,6 +193,9 @@ class Config:
     # [sample evaluate] A fine-tuned model
     run: str | None = None  # a run's folder: its LoRA is used, and its settings but for output, prompts, seed
     #   and numbers of objects; or only a LoRA (file or folder), with the settings given here
+    # [sample] Files beside the splats
+    mesh: bool = False  # also a mesh, .glb; needs scikit-image and trimesh
+    merge: bool = False  # also the whole denoiser with the LoRA merged, which --weights takes
     # [evaluate] Which metrics
     protocol: Literal["paper"] | None = None  # paper: also reward, multi-view FID and multi-view CLIP
     #   similarity as the paper averages them, beside its own numbers
@@ -350,7 +353,7 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
 
 # -----------------------------------------------------------------------------------------------------------
 # 4. Gaussians
-# Needs: kernels' Render and rasterize, support.write_atomic.
+# Needs: kernels' Render and rasterize. save_ply is in support/export.py.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -400,29 +403,6 @@ def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backe
     say_not_finite("the Gaussians that the base makes, which are left out of the pictures,", g)
     return rasterize(g.means, g.quats, g.scales, g.opacities, g.colors, c2w.to(g.means), fxfycxcy.to(g.means),
                      size, size, backend=backend, dilation=dilation * size ** 2)
-
-
-SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
-PLY_FIELDS = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
-              "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
-
-
-def save_ply(path: Path, gaussians: Gaussians, index: int = 0) -> int:
-    """Write one object as the .ply that splat viewers read (INRIA: log scales, logit opacities, SH colours).
-
-    Splats that a picture cannot show (opacity below 1/255) are left out. Returns how many were written.
-    Viewers normalise quaternions and the rasteriser, as published, does not: splats may look a little larger
-    or smaller there than in our pictures.
-    """
-    means, scales, quats, opacities, colors = (t[index].detach().float().cpu() for t in gaussians)
-    columns = torch.cat([means, torch.zeros_like(means), (colors - 0.5) / SH_C0,
-                         torch.logit(opacities.clamp(max=1 - 1e-6))[:, None],
-                         scales.clamp(min=1e-8).log(), F.normalize(quats, dim=-1)], 1)
-    columns = columns[(opacities > 1 / 255) & columns.isfinite().all(1)]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(columns)}",
-              *(f"property float {name}" for name in PLY_FIELDS), "end_header\n"]
-    write_atomic(path, "\n".join(header).encode() + columns.contiguous().numpy().astype("<f4").tobytes())
-    return len(columns)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1570,11 +1550,11 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
                     for one in objects]
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
     write_atomic(out / "summary.json", to_json(summary))
-    for name, content in report.files(*pictures, [prompts[n] for n in shown],
+    for name, content in report.files(*pictures, [prompts[n] for n in shown], objects,
                                       turntable(both, backend=config.backend, dilation=base.dilation),
-                                      rows, summary,
-                                      f"{config.reward} on {config.base}",
-                                      to_json(dataclasses.asdict(config))).items():
+                                      rows, summary, f"{config.reward} on {config.base}",
+                                      to_json(dataclasses.asdict(config)),
+                                      (base.radius, FXFY, base.dilation)).items():
         write_atomic(out / name, content)
 
 
@@ -1595,18 +1575,27 @@ def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSc
 
 @torch.no_grad()
 def sample(config: Config, base: Base | None = None) -> list[Path]:
-    """Make objects: for each a .ply for splat viewers, a .png of the four views and a turntable .gif."""
+    """Make objects: for each a .ply, an .html to turn it, a .png of four views, a .gif; and samples.json.
+
+    An object depends on seed, prompt and its number among the prompt's samples, not on the other prompts.
+    """
     from tqdm import tqdm
     if not config.prompts:
         raise UserError("sample needs --prompts, a text file or a prompt; try --prompts \"a red cube\"")
-    prompts = load_prompts(config.prompts)
+    prompts = [*dict.fromkeys(load_prompts(config.prompts))]
     home = config.run if config.run and os.path.isdir(config.run) else "runs"
     folder = Path(config.out or f"{home}/samples")
-    check_writable(folder)                                      # what cannot be written fails before the work
+    export.check(config.mesh, config.merge, config.run, config.weights)
+    index = export.Index(folder)                                # what cannot be written fails before the work
     config, base, schedule = load_tuned(resolve(config, "sample"), base)
+    names = ("base", "run", "seed", "sampler", "steps", "guidance", "precision")
+    common = {name: getattr(config, name) for name in names} | {"weights": run.identify(base, "")["weights"]}
+    azimuth = 36.0 * torch.arange(10) + 9.0 * torch.arange(4)[:, None]
+    elevation = torch.tensor([[-20.0], [0.0], [base.elevation], [base.elevation + 20.0]])
+    forty = orbit(elevation, azimuth, base.radius).flatten(0, 1), intrinsics(40)
     written = []
     run.prepare(base, None, prompts, config.prompts)
-    for n, prompt in enumerate(prompts):
+    for prompt in prompts:
         cond = base.encode([prompt] * config.samples_per_prompt)
         x0 = rollout(base, schedule, cond, base.encode([""]), config.guidance,
                      [seeded(config.seed, prompt, s) for s in range(config.samples_per_prompt)],
@@ -1614,18 +1603,18 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
         gaussians = base.decode(x0)
         pictures = render(gaussians, *base.cameras(len(x0)), 256, config.backend, base.dilation).image
         for s in range(len(x0)):
-            name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
-            path = folder / f"{name}-seed{config.seed}-{s}.ply"
-            if path in written:                                 # the same words twice in one list
-                path = path.with_stem(f"{path.stem}-prompt{n + 1}")
+            about = {"prompt": prompt, "sample": s, **common}
+            path = index.claim(f"{export.file_stem(prompt)}-seed{config.seed}-{s}", ".ply", about)
             one = Gaussians(*(tensor[s:s + 1] for tensor in gaussians))
-            if not save_ply(path, one):
-                say(f"nothing can be seen of {path}, it holds no splats: look at --run and --weights")
-            write_atomic(path.with_suffix(".png"), report.png(report.picture_rows(pictures[s:s + 1])))
             around = turntable(one, 256, backend=config.backend, dilation=base.dilation)
-            write_atomic(path.with_suffix(".gif"), around)
+            report.save_object(path, one, pictures[s:s + 1], around, about,
+                               (base.radius, FXFY, base.dilation), forty if config.mesh else None,
+                               config.backend)
+            index.add(path, about)
             print(path)
             written.append(path)
+    if config.merge:
+        print(f"--weights {export.save_merged(base.net, config.base, config.weights, index, common)}")
     return written
 
 

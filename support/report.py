@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from support import to_bytes
+from support import UserError, export, say, to_bytes, viewer, write_atomic
 from support.metrics import cells, paper_table, titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -25,13 +25,17 @@ td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}"""
 
 
-def files(before: Tensor, after: Tensor, captions: list[str], turntable: bytes, rows: list[dict], summary: dict,
-          title: str, settings: str) -> dict[str, bytes | str]:
+def files(before: Tensor, after: Tensor, captions: list[str], objects: list[tuple], turntable: bytes, rows: list[dict],
+          summary: dict, title: str, settings: str, camera: tuple[float, float, float]) -> dict[str, bytes | str]:
     """Everything, by file name.
 
-    before, after: (n, 3, H, W) in [0, 1], with n captions. rows: the training's log, may be empty. summary:
+    before, after: (n, 3, H, W) in [0, 1], with n captions. objects: their Gaussians, before and after; the first four can
+    be turned; camera as viewer.viewer takes it. rows: the training's log, may be empty. summary:
     {metric: {"before", "after", "after_ci95", "ci95"}}.
     """
+    shown = captions[:4]
+    still = png(picture_rows(torch.stack([before[:len(shown)], after[:len(shown)]])))
+    turning = viewer.viewer(objects, shown, still, camera, limit=3000)
     out = {"samples/before_after.png": png(labelled(torch.cat([before, after], 2), captions, min(6, len(captions)))),
            "samples/turntable.gif": turntable}
     if rows:
@@ -52,8 +56,7 @@ of FID {summary['fid_to_base']['resamples']} times.
 Features: {html.escape(summary['features'])}. FID from {summary['fid_to_base']['images']} pictures a side.</p>
 <table><tr><th>on unseen prompts<th>before<th>after<th>95% of after<th>95% of the change</tr>{table}</table>
 {paper_section(summary)}<h2>Before (top) and after (bottom)</h2><img alt="pairs" src="{inline('samples/before_after.png')}">
-<h2>All around</h2><p>Up to four objects before, then the same after.</p>
-<img alt="turntable" src="{inline('samples/turntable.gif')}">
+<h2>All around: before (top) and after (bottom)</h2>{turning}
 {f'<h2>Training</h2><img alt="curves" src="{inline("curves.png")}">' if rows else ''}
 <h2>Settings</h2><pre>{html.escape(settings)}</pre></html>"""
     return out
@@ -68,6 +71,29 @@ def paper_section(summary: dict) -> str:
     published = "<th>paper, before<th>paper, after" if summary["paper_protocol"]["paper"] else ""
     return (f"<h2>In the paper's terms</h2><p>{about}</p>"
             f"<table><tr><th><th>before<th>after<th>95% of after{published}</tr>{lines}</table>")
+
+
+def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes, about: dict,
+                camera: tuple[float, float, float], mesh_cameras: tuple[Tensor, Tensor] | None,
+                backend: str | None) -> None:
+    """One object's files: path is the .ply; beside it an .html to turn it, a .png, a .gif and, with cameras, a .glb.
+
+    pictures (1, V, 3, H, W); camera as viewer.viewer takes it. A mesh that cannot be made is said, and no error.
+    """
+    if export.write_ply(path, gaussians) == 0:
+        say(f"nothing can be seen of {path}, it holds no splats: look at --run and --weights")
+    views = png(picture_rows(pictures))
+    write_atomic(path.with_suffix(".png"), views)
+    write_atomic(path.with_suffix(".gif"), turntable)
+    lines = "".join(f"<tr><td>{html.escape(str(key))}<td>{html.escape(str(value))}" for key, value in about.items())
+    body = viewer.viewer([gaussians], [""], views, camera, limit=131072)
+    write_atomic(path.with_suffix(".html"), viewer.page(about["prompt"], f"{body}<table>{lines}</table>"))
+    if mesh_cameras:
+        try:
+            made = export.mesh(gaussians, *mesh_cameras, dilation=camera[2], backend=backend)
+            write_atomic(path.with_suffix(".glb"), export.glb(made))
+        except UserError as error:
+            say(f"{path.with_suffix('.glb')} was not made: {error}")
 
 
 def labelled(images: Tensor, captions: list[str], columns: int) -> Image.Image:

@@ -418,7 +418,7 @@ def test_the_whole_job(folder, judges, run, reward, estimator, tmp_path, monkeyp
         assert (words in printed) == (reward == "aesthetic")
     run("sample", "--run", out, "--prompts", "a red lamp", "--samples-per-prompt", 1)
     files = sorted((out / "samples").glob("a-red-lamp*"))
-    assert {file.suffix for file in files} == {".ply", ".png", ".gif"}
+    assert {file.suffix for file in files} == {".ply", ".html", ".png", ".gif"}
     header = next(file for file in files if file.suffix == ".ply").read_bytes()[:120]
     assert b"element vertex" in header and 0 < int(header.split(b"element vertex ")[1].split()[0]) <= 512
 
