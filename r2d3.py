@@ -82,8 +82,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, check_writable, cli, export, gaussiancube, metrics, presets, published, report,
-                     run, say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
+from support import (UserError, check_writable, cli, export, gaussiancube, metrics, presets, published,
+                     report, run, say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
 from support.export import SH_C0, write_ply as save_ply
 from support.metrics import Features, Measurement
 from support.published import join_views
@@ -1326,7 +1326,8 @@ def train(config: Config, base: Base | None = None) -> dict:
     if isinstance(config.beta, str):        # exp(beta r) moves r by beta times its variance within a prompt
         few = prompts[::max(1, len(prompts) // 12)][:12], dataclasses.replace(config, samples_per_prompt=8)
         sampled = measure(base, reward, features, job.schedule, *few, config.seed, "spread", rank, world)
-        job = job._replace(config=dataclasses.replace(config, beta=metrics.beta_of(config.beta, sampled, quiet)))
+        beta = metrics.beta_of(config.beta, sampled, quiet)
+        job = job._replace(config=dataclasses.replace(config, beta=beta))
 
     common = base, reward, features, job.schedule, test_prompts, config
 

@@ -111,6 +111,12 @@ def mesh_libraries() -> tuple:
 
 
 @torch.no_grad()
+def mesh_angles(elevation: float) -> tuple[Tensor, Tensor]:
+    """Elevations and azimuths (40,), in degrees, of cameras all around an object that is usually seen from `elevation`."""
+    azimuth = 36.0 * torch.arange(10) + 9.0 * torch.arange(4)[:, None]
+    return torch.tensor([-20.0, 0.0, elevation, elevation + 20.0]).repeat_interleave(10), azimuth.flatten()
+
+
 def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, resolution: int = 80, size: int = 192,
          dilation: float = 0.0, backend: str | None = None):
     """One object as a trimesh.Trimesh with vertex colours: truncated signed distance fusion, then marching cubes.
@@ -140,7 +146,7 @@ def mesh(gaussians: tuple, c2w: Tensor, fxfycxcy: Tensor, index: int = 0, *, res
     distance = torch.where(distance.abs() < 1e-4, 1e-4, distance)   # a vertex on a grid point makes empty triangles
     if not (distance < 0).any():
         raise UserError("there is no surface to make a mesh of: the object is (almost) transparent")
-    vertices, faces, _, _ = measure.marching_cubes(distance.cpu().numpy(), 0.0, gradient_direction="ascent")
+    vertices, faces, _, _ = measure.marching_cubes(distance.cpu().numpy(), 0.0)
     vertices = low + voxel * (torch.from_numpy(vertices.copy()).to(low) - 1)
     made = trimesh.Trimesh(vertices.cpu().numpy(), faces, process=False)
     label = trimesh.graph.connected_component_labels(made.face_adjacency, node_count=len(faces))
@@ -304,7 +310,9 @@ class Index:
     steps, guidance) is in the index, and where it differs, the new file gets another name.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, settings: dict, weights: str):
+        names = ("base", "run", "seed", "sampler", "steps", "guidance", "precision")
+        self.common = {name: settings[name] for name in names} | {"weights": weights}      # what all objects depend on
         self.folder, self.path, self.entries = folder, folder / "samples.json", {}
         try:
             self.entries = dict(**json.loads(self.path.read_text(encoding="utf-8"))) if self.path.is_file() else {}
@@ -313,7 +321,12 @@ class Index:
                             "away or name another --out") from None
         check_writable(folder)
 
-    def claim(self, stem: str, suffix: str, about: dict) -> Path:
+    def claim(self, prompt: str, sample: int) -> tuple[Path, dict]:
+        """Where to write an object's .ply, and what is said of it in the index."""
+        about = {"prompt": prompt, "sample": sample, **self.common}
+        return self.place(f"{file_stem(prompt)}-seed{self.common['seed']}-{sample}", ".ply", about), about
+
+    def place(self, stem: str, suffix: str, about: dict) -> Path:
         """Where to write what `about` describes: STEM + suffix, or STEM-2 and so on if something else is there."""
         for number in range(1, 10 ** 6):
             name = f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
@@ -354,17 +367,17 @@ def check(mesh: bool, merge: bool, tuned: str | None, weights: str | None) -> No
         raise UserError("--merge needs --run, a run or a LoRA, and the base's own --weights; leave --merge out")
 
 
-def save_merged(net, base: str, weights: str | None, index: Index, about: dict) -> Path:
+def save_merged(net, base: str, weights: str | None, index: Index) -> Path:
     """Write the denoiser with its LoRA merged, as what --weights takes; returns that. `net` itself is merged by this.
 
     For `shapes` a .safetensors file of the whole base. Else a folder laid out like the published repository: the merged
     network in float32, and what it needs beside it, as hard links where the file system has them.
-    weights: where the base came from, as in --weights. index, about: of the folder to write to, and what is merged.
+    weights: where the base came from, as in --weights. index: of the folder to write to.
     """
     from safetensors.torch import save
     net = net.float().cpu().merge_and_unload()
     state = {name: value.detach().contiguous() for name, value in net.state_dict().items()}
-    folder = index.claim("merged", ".safetensors" if base == "shapes" else "", about)
+    folder = index.place("merged", ".safetensors" if base == "shapes" else "", index.common)
     if base == "shapes":
         source = Path(weights or Path(__file__).with_name("shapes.safetensors"))
         tensors, config = load_weights(source)
@@ -389,7 +402,7 @@ def save_merged(net, base: str, weights: str | None, index: Index, about: dict) 
         if part.is_dir() and re.match(r"text_encoder|tokenizer|vae$", part.name):
             for file in filter(Path.is_file, part.rglob("*")):
                 link(file, folder / file.relative_to(weights))
-    index.add(folder, about)
+    index.add(folder, index.common)
     return folder
 
 

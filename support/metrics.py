@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import fetching, say, say_too_long
+from support import UserError, fetching, say, say_too_long
 from support.scorers import too_long
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
