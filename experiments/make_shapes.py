@@ -918,7 +918,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
     args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "support/shapes.safetensors")
-    size = ({"data": 48, "held_out": 16, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
+    size = ({"data": 24, "held_out": 8, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
              "samples": {"closed": 2, "open": 2, "hard": 2}, "prompts": 2} if args.quick else
             {"data": 3000, "held_out": 200, "ae": 7500, "pictures": 1, "tower": 3500, "normal": 1500, "latents": 6,
              "denoiser": 14000, "samples": {"closed": 16, "open": 16, "hard": 8}, "prompts": 30})
