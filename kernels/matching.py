@@ -107,7 +107,7 @@ if triton is not None:
         residual = -k * d - weight * _load(g_ptr, base, lane, mask)
         return residual, eps - _load(old_ptr, base, lane, mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["blocks"])
     def _forward_kernel(
         u_ptr, t_ptr, ur_ptr, tr_ptr, old_ptr, g_ptr,  # [M, n] each; u, ur unused if not HAS_UNCOND
         s_ptr,  # [M] if S_TENSOR, else the number itself
@@ -128,7 +128,7 @@ if triton is not None:
         tl.store(match_ptr + program, tl.sum(residual * residual) / n)  # (E4)
         tl.store(reg_ptr + program, tl.sum(drift * drift) / n)  # (E5)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["blocks", "G_match_stride", "G_reg_stride"])
     def _backward_kernel(
         u_ptr, t_ptr, ur_ptr, tr_ptr, old_ptr, g_ptr, s_ptr, k_ptr, weight_ptr,  # as in the forward kernel
         G_match_ptr, G_reg_ptr,  # [M] float32 with the strides below: .mean() sends back an expanded number

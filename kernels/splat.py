@@ -367,7 +367,9 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 
-# A program per tile. Splats are a few pixels wide: tiles of 16 x 16 would look at more pixels in vain.
+# A program per tile. Splats are a few pixels wide: tiles of 16 x 16 would look at more pixels in vain. Two
+# tiles of 4 x 4 a warp would take 177 instructions for two pairs in the backward pass, but there are 1.6 to 2.4
+# times as many pairs to sort: by count, on kernels.bench's scenes, 8 % less work at 256 pixels, else more.
 GPU_TILE = 8  # pixels along a tile's side
 WARPS = 1  # of a tile's program; GPU_TILE^2 is a multiple of 32 WARPS. A single warp never waits for another
 BATCH = 16  # Gaussians between two looks at whether a tile is opaque
@@ -379,6 +381,8 @@ ADD_PAIRS = dict(ROWS=32, num_warps=4)
 if triton is not None:
     # Constants stand to the right of tensors: triton 3.8 interprets constexpr * tensor as a constexpr.
     _NEAR, _FOV_MARGIN, _VANISHING = tl.constexpr(NEAR), tl.constexpr(FOV_MARGIN), tl.constexpr(VANISHING)
+    # Sizes: another one is no reason to compile a kernel anew, which takes seconds.
+    _SIZES = ["V", "N", "H", "W", "tiles_x", "tiles_y", "rows", "pairs", "steps", "least"]
     _ALPHA_MIN, _ALPHA_MAX, _T_MIN = tl.constexpr(ALPHA_MIN), tl.constexpr(ALPHA_MAX), tl.constexpr(T_MIN)
 
     @triton.jit
@@ -524,7 +528,7 @@ if triton is not None:
         return tz, half_x, half_y, (
             x, y, a, r, h, log_o, red, green, blue, t, p_x, p_y, n_x, n_y, n_z), seen
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _project_kernel(
         means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr,  # (B, N, .)
         c2w_ptr, fxfycxcy_ptr,  # (B, V, .)
@@ -559,7 +563,7 @@ if triton is not None:
         tl.atomic_add(totals_ptr, tl.sum(seen.to(tl.int64)))
         tl.atomic_add(totals_ptr + 1, tl.sum(count.to(tl.int64)))
 
-    @triton.jit(do_not_specialize=["rows"])
+    @triton.jit(do_not_specialize=_SIZES)
     def _record_kernel(
         means_ptr, quats_ptr, scales_ptr, opacities_ptr, colors_ptr, c2w_ptr, fxfycxcy_ptr,  # as above
         order_ptr,  # [rows] int64: of all B V N the ones that are seen, front to back
@@ -581,7 +585,7 @@ if triton is not None:
         place = rank.to(tl.int64)[:, None] * RECORD + tl.arange(0, RECORD)[None, :]
         tl.store(record_ptr + place, record, mask[:, None])
 
-    @triton.jit(do_not_specialize=["pairs", "rows", "steps"])
+    @triton.jit(do_not_specialize=_SIZES)
     def _expand_kernel(
         order_ptr,  # as above
         end_ptr,  # [rows] int64: where the pairs of each of these end
@@ -647,7 +651,7 @@ if triton is not None:
         after = T * (1 - alpha)
         return dx, dy, e, raw, tl.where(after >= _T_MIN, alpha * T, 0.0), 1 - alpha, after
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _composite_kernel(
         record_ptr,  # [rows, RECORD]
         row_ptr,  # [pairs] int32: the rows of `record` that reach a tile, front to back, tile by tile
@@ -748,7 +752,7 @@ if triton is not None:
         a, b = _fold(a, c, lane, 4), _fold(b, d, lane, 4)
         return _halve(_fold(a, b, lane, 2), lane, 1)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _composite_backward_kernel(
         record_ptr, row_ptr, start_ptr, stop_ptr,  # as in the forward kernel
         fxfycxcy_ptr, background_ptr, image_ptr, alpha_ptr, depth_ptr, normal_ptr, norm_ptr, median_ptr,
@@ -837,7 +841,7 @@ if triton is not None:
                 row, next_row = next_row, last_row
                 pair += 1
 
-    @triton.jit(do_not_specialize=["rows"])
+    @triton.jit(do_not_specialize=_SIZES)
     def _add_pairs_kernel(
         end_ptr,  # as above
         pair_sums_ptr,  # [pairs, RECORD]: the sums of each tile, in the order before the sort by tiles
@@ -859,7 +863,7 @@ if triton is not None:
             step += 1
         tl.store(sums_ptr + row.to(tl.int64)[:, None] * RECORD + lane, total, mask[:, None])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SIZES)
     def _project_backward_kernel(
         means_ptr, quats_ptr, scales_ptr, opacities_ptr,  # as in _project_kernel
         c2w_ptr, fxfycxcy_ptr,

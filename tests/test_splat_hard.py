@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_splat import dense, scene, weights_like  # noqa: E402
 
-from kernels import Render, rasterize, splat  # noqa: E402
+from kernels import Render, bench, rasterize, splat  # noqa: E402
 
 NAN, INF = math.nan, math.inf
 
@@ -332,6 +332,11 @@ def test_tile_keys_of_16_bits(interpreted):
     assert interpreted["keys"] == {"65536": ["torch.int16", True], "65537": ["torch.int32", True]}
 
 
+def test_other_tiles_and_warps_compute_the_same(interpreted):
+    found = interpreted["variants"]
+    assert len(found) == 3 and max(found.values()) < 1e-5, found
+
+
 def test_autocast_changes_nothing():
     inputs = small()
     want, want_grads = differentiate(inputs, 9, 10)
@@ -417,6 +422,20 @@ def test_a_file_can_be_lifted_on_its_own(name, tmp_path):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def variants():
+    """How far other tiles and warps, which kernels.bench sweeps over, are from the ones in use."""
+    inputs, found = small(B=1, V=1), {}
+    want = [*rasterize(*inputs, 17, 9, backend="triton"), *differentiate(inputs, 17, 9, backend="triton")[1]]
+    for name in ("tile 8, 2 warps", "tile 16, 1 warps", "tile 16, 4 warps"):
+        module = bench.variant(name)
+        leaves = [x.clone().requires_grad_(n < 5) for n, x in enumerate(inputs)]
+        got = module.rasterize(*leaves, 17, 9, backend="triton")
+        loss = sum((a * w).sum() for a, w in zip(got, weights_like(got), strict=True))
+        got = [*got, *torch.autograd.grad(loss, leaves[:5])]
+        found[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
+    return found
+
+
 def keys():
     """Lists of pairs in 65,536 and 65,537 tiles, made by the kernels: the keys' type, and whether they are right."""
     found = {}
@@ -450,4 +469,5 @@ if __name__ == "__main__":
         print(name, time.perf_counter() - begun)
     results["fuzz"] = fuzzed(40, torch.float32, "triton", most=5, side=9)
     results["keys"] = keys()
+    results["variants"] = variants()
     print(json.dumps(results))

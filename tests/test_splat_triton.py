@@ -241,8 +241,9 @@ def loop_of_pairs(cubin):
     return {"loop": len(loop), "shuffles": sum("SHFL" in x for x in loop)}
 
 
-TYPES = {"box_ptr": "*i32", "rank_ptr": "*i32", "totals_ptr": "*i64", "order_ptr": "*i64", "end_ptr": "*i64", "tile_ptr": "*i16",
-         "row_ptr": "*i32", "start_ptr": "*i32", "stop_ptr": "*i32", "median_ptr": "*i32", "slot_ptr": "*i64"}
+TYPES = {"box_ptr": "*i32", "rank_ptr": "*i32", "totals_ptr": "*i64", "order_ptr": "*i64", "end_ptr": "*i64",
+         "tile_ptr": "*i16", "row_ptr": "*i32", "start_ptr": "*i32", "stop_ptr": "*i32", "median_ptr": "*i32",
+         "slot_ptr": "*i64"}
 NUMBERS = ("V", "N", "H", "W", "tiles_x", "tiles_y", "least", "rows", "pairs", "steps")
 LAUNCHES = [
     ("_project_kernel", {**splat.LANES, "TILE": splat.GPU_TILE}),
@@ -271,8 +272,7 @@ def compile_all():
             options = {k: v for k, v in launch.items() if k not in constants}
             types = TYPES | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr") | {"dilation": "fp32"}
             signature = {k: types.get(k, "*fp32") for k in kernel.arg_names}
-            aligned = {(i,): [["tt.divisibility", 16]] for i, (k, kind) in enumerate(signature.items())
-                       if kind[0] == "*" or k in ("N", "H", "W")}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
             source = ASTSource(kernel, signature=signature, attrs=aligned,
                                constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()})
             built = splat.triton.compile(source, target=target, options=options)
