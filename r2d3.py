@@ -38,12 +38,7 @@ R is the reward of decoded, rendered latents, averaged over cameras; w(s) is a w
 constant of the loss: no gradient flows through it to theta, it only moves the target. So the loss is a
 weighted regression of eps_theta(x_t) to eps_ref(x_t) - (beta w / k) g, and `nabla_step` is the whole method.
 
-The file's sections, each of which says what it needs, so that it can be lifted out:
-
-    2 Config           5 NoiseSchedule     8 rollout           11 train
-    3 cameras          6 bases             9 the loss          12 evaluate
-    4 Gaussians        7 rewards          10 the baselines     13 command line
-
+Each section below (`grep "^# [0-9]" r2d3.py` lists them) says what it needs, so that it can be lifted.
 kernels/ holds the two fused operators that dominate the run time (rasteriser and loss), support/ what is not
 the method (files, published networks, metrics, pages). To copy the loss alone, take NoiseSchedule,
 per_sample, reward_gradient, match_weights, nabla_loss, pick_transitions and kernels/matching.py; the README
@@ -1290,11 +1285,6 @@ def start_lora(job: Job) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, lr=job.config.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
 
 
-# What may differ between a run and its continuation (of prompts only the files' names, not the words).
-FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "backend", "micro_batch", "checkpoint",
-                  "prompts", "test_prompts"}
-
-
 @run.unlocking()
 def train(config: Config, base: Base | None = None) -> dict:
     """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary.
@@ -1310,7 +1300,8 @@ def train(config: Config, base: Base | None = None) -> dict:
     config = dataclasses.replace(config, device=device)
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
-    settings, state = run.open_run(dataclasses.asdict(config), Config, digest, FREE_ON_RESUME, rank, world)
+    settings = dataclasses.asdict(config)
+    settings, state = run.open_run(settings, Config, digest, run.FREE_ON_RESUME, rank, world)
     config, out, quiet = Config(**settings), Path(config.out), rank > 0
     test_prompts = test_prompts[:config.eval_prompts]
     job, reward = start_job(config, base, rank, world, [*prompts, *test_prompts])
@@ -1389,17 +1380,14 @@ def cost(config: Config, base: Base | None = None) -> dict:
     prompts = load_prompts(config.prompts)[:config.batch_size]
     job, _ = start_job(config, base, 0, 1, prompts)
     optimizer = start_lora(job)
-    trained = sum(weight.numel() for weight in optimizer.param_groups[0]["params"])
-    parts = {name: sum(weight.numel() for weight in part.parameters())
-             for name, part in vars(job.base).items() if isinstance(part, nn.Module)}
+    parameters = run.count_parameters(job.base)
     run.SECONDS, begun = {}, time.perf_counter()
     rows = list(train_epoch(job, prompts, optimizer, 0, {}))
     seconds, run.SECONDS = run.SECONDS | {"all": time.perf_counter() - begun}, None
     result = {"device": torch.cuda.get_device_name(config.device) if on_gpu else "CPU",
               "objects": config.batch_size, "updates": len(rows),
               "judged": sum(row["judged"] for row in rows),
-              "parameters": parts | {"net": parts["net"] - trained, "LoRA, trained": trained},
-              "seconds": seconds, "peak_GB": run.peak_memory_GB(config.device)}
+              "parameters": parameters, "seconds": seconds, "peak_GB": run.peak_memory_GB(config.device)}
     print(to_json(result))
     return result
 
@@ -1413,9 +1401,7 @@ def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
     config = job.config
     if not config.min_quantile:
         return prompts
-    scored_with = ("base", "reward", "sampler", "steps", "guidance", "views", "view_size", "elevation_jitter",
-                   "azimuth_jitter")
-    what = [identity, *(getattr(config, name) for name in scored_with)]
+    what = [identity, *(getattr(config, name) for name in run.SCORED_WITH)]
 
     def score(part: list[str]) -> Tensor:
         generators, cond = [seeded("filter", prompt) for prompt in part], job.base.encode(part)
@@ -1468,23 +1454,20 @@ def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSched
 
 
 @torch.no_grad()
-def turntable(gaussians: Gaussians, size: int = 128, frames: int = 36, backend: str | None = None,
-              dilation: float = 0.0) -> bytes:
+def turntable(base: Base, gaussians: Gaussians, size: int = 128, frames: int = 36,
+              backend: str | None = None) -> bytes:
     """A .gif in which all objects, side by side, turn once around."""
-    B, pictures = len(gaussians.means), []
-    for azimuth in range(0, 360, 360 // frames):
-        c2w = orbit(20.0, float(azimuth)).expand(B, 1, 4, 4)
-        views = render(gaussians, c2w, intrinsics(B, 1), size, backend, dilation).image  # (B, 1, 3, H, W)
-        pictures.append(report.picture_rows(views.transpose(0, 1)))
-    return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
-                                                  duration=80, loop=0))
+    B = len(gaussians.means)
+    around = orbit(20.0, 360 / frames * torch.arange(frames), base.radius)[:, None, None]
+    return report.gif([render(gaussians, c2w.expand(B, 1, 4, 4), intrinsics(B, 1), size, backend,
+                              base.dilation).image.transpose(0, 1) for c2w in around])
 
 
 def write_report(base: Base, prompts: list[str], before: Measurement, after: Measurement,
                  rows: list[dict], summary: dict, config: Config, out: Path) -> None:
     """summary.json, samples/, curves.png and report.html: one page with all of it, that needs no network."""
     shown = metrics.shown(len(prompts))
-    cameras = orbit(20.0, 30.0).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
+    cameras = orbit(20.0, 30.0, base.radius).expand(len(shown), 1, 4, 4), intrinsics(len(shown), 1)
     with torch.no_grad():
         objects = [base.decode(m.latents.to(base.device)) for m in (before, after)]
         pictures = [render(one, *cameras, 144, config.backend, base.dilation).image[:, 0].cpu()
@@ -1492,9 +1475,8 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
     both = Gaussians(*(torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)))
     write_atomic(out / "summary.json", to_json(summary))
     for name, content in report.files(*pictures, [prompts[n] for n in shown], objects,
-                                      turntable(both, backend=config.backend, dilation=base.dilation),
-                                      rows, summary, f"{config.reward} on {config.base}",
-                                      to_json(dataclasses.asdict(config)),
+                                      turntable(base, both, backend=config.backend), rows, summary,
+                                      f"{config.reward} on {config.base}", to_json(vars(config)),
                                       (base.radius, FXFY, base.dilation)).items():
         write_atomic(out / name, content)
 
@@ -1546,7 +1528,7 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
         for n, (prompt, s) in enumerate(chunk):
             path, about = index.claim(prompt, s)
             one = Gaussians(*(tensor[n:n + 1] for tensor in gaussians))
-            around = turntable(one, 256, backend=config.backend, dilation=base.dilation)
+            around = turntable(base, one, 256, backend=config.backend)
             report.save_object(path, one, pictures[n:n + 1], around, about,
                                (base.radius, FXFY, base.dilation), forty if config.mesh else None,
                                config.backend)

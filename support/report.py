@@ -130,6 +130,12 @@ def png(picture: Image.Image) -> bytes:
     return to_bytes(lambda file: picture.save(file, "PNG"))
 
 
+def gif(frames: list[Tensor]) -> bytes:
+    """Pictures (rows, columns, 3, H, W), one after the other, as a .gif."""
+    pictures = [picture_rows(frame) for frame in frames]
+    return to_bytes(lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=80, loop=0))
+
+
 def picture_rows(images: Tensor) -> Image.Image:
     """(rows, columns, 3, H, W) in [0, 1] -> one picture."""
     rows, columns, _, H, W = images.shape

@@ -398,6 +398,11 @@ def unlocking() -> Iterator[None]:
             file.close()
 
 
+# What may differ between a run and its continuation (of prompts only the files' names, not the words).
+FREE_ON_RESUME = {"resume", "epochs", "out", "run", "device", "backend", "micro_batch", "checkpoint",
+                  "prompts", "test_prompts"}
+
+
 def open_run(settings: dict, config_class: type, prompts: str, free: set[str], rank: int = 0,
              world: int = 1) -> tuple[dict, dict | None]:
     """Check that the folder settings["out"] is ours to write to, and lock it; `prompts` is the prompt lists' digest.
@@ -564,6 +569,10 @@ def load_scores(path: Path) -> dict[str, float | None]:
     return {}
 
 
+# What the score of a prompt depends on, besides the weights and the reward's file.
+SCORED_WITH = ("base", "reward", "sampler", "steps", "guidance", "views", "view_size", "elevation_jitter", "azimuth_jitter")
+
+
 def scores_by_prompt(key: str, prompts: list[str], batch: int, score: Callable[[list[str]], torch.Tensor],
                      rank: int, world: int) -> dict[str, float]:
     """{prompt: its score}, from score(part) of up to `batch` prompts; -inf where that is not finite. Kept under `key`.
@@ -674,6 +683,15 @@ def phase(name: str) -> Iterator[None]:
     begun = now()
     yield
     SECONDS[name] = SECONDS.get(name, 0) + now() - begun
+
+
+def count_parameters(base) -> dict[str, int]:
+    """Parameters of every network that is an attribute of the base, and of the LoRA on `net`."""
+    def count(part: nn.Module, trained: bool | None = None) -> int:
+        return sum(weight.numel() for weight in part.parameters() if trained in (None, weight.requires_grad))
+
+    parts = {name: count(part) for name, part in vars(base).items() if isinstance(part, nn.Module)}
+    return parts | {"net": count(base.net, False), "LoRA, trained": count(base.net, True)}
 
 
 def peak_memory_GB(device: str) -> float | None:

@@ -371,7 +371,7 @@ def test_a_turntable_turns_once_around():
     from PIL import Image
     g = r2d3.Gaussians(torch.tensor([[[0.2, 0.0, 0.0]]]), torch.full((1, 1, 3), 0.05), torch.tensor([[[1.0, 0, 0, 0]]]),
                        torch.ones(1, 1), torch.zeros(1, 1, 3))
-    full = Image.open(BytesIO(r2d3.turntable.func(g, 32)))      # conftest.py shortens the others
+    full = Image.open(BytesIO(r2d3.turntable.func(r2d3.Base, g, 32)))      # conftest.py shortens the others
     assert full.n_frames == 36 and full.size == (32, 32)
     darkest = []
     for frame in range(36):
