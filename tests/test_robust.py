@@ -235,6 +235,14 @@ def measurement(P=3, S=2, V=2, D=4, seed=0, **changes):
     return metrics.Measurement(*numbers, features, 2 * features, torch.zeros(len(metrics.shown(P)), 1))._replace(**changes)
 
 
+def page(summary, captions, title="t", settings="s"):
+    """report.html of two objects each, before and after."""
+    n = len(captions)
+    splats = r2d3.Gaussians(torch.rand(n, 5, 3) - 0.5, torch.full((n, 5, 3), 0.1), torch.ones(n, 5, 4), torch.ones(n, 5), torch.ones(n, 5, 3))
+    return report.files(torch.zeros(n, 3, 8, 8), torch.zeros(n, 3, 8, 8), captions, [splats, splats], b"", [], summary, title, settings,
+                        (1.4, r2d3.FXFY, 0.0))["report.html"]
+
+
 def strict(text):
     def refuse(name):
         raise AssertionError(name)
@@ -259,8 +267,8 @@ def test_what_cannot_be_measured_is_null(capsys):
     said = capsys.readouterr().out
     assert "nan" not in said.lower() and "could not be measured, as it is not finite for some objects: reward, FID" in said
     assert re.search(r"reward +0\.\d{3} +-   - \.\. -", said)
-    page = report.files(torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8), ["a"] * 3, b"", [], summary, "t", "s")["report.html"]
-    assert "<td>-" in page and "nan" not in re.sub("base64,[^\"]*", "", page)
+    table = page(summary, ["a", "b"]).split("<h2>")[0]
+    assert "<td>-" in table and "nan" not in table
 
 
 def test_objects_that_are_empty_or_not_finite_are_said(capsys):
@@ -888,19 +896,24 @@ def test_stopped_in_an_epoch_and_resumed_is_never_stopped(home, tmp_path, monkey
 
 
 def test_the_page_is_escaped_and_needs_no_network(own):
-    page = (own[0] / "report.html").read_text(encoding="utf-8")
-    without = re.sub("data:image/[^\"]*", "", page)
-    assert not re.search(r"https?:|//|<script|<link|@import|url\(", without.replace(str(own[0]), ""))
-    summary = summary_of(*(measurement(seed=seed) for seed in range(3))) | {"scorer": "<script>x</script>"}
-    hostile = report.files(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), ["<b>"], b"", [], summary, "</title><img src=x>",
-                           "</pre><script>")["report.html"]
-    assert "<script" not in hostile and "<img src=x" not in hostile and "&lt;script&gt;" in hostile
+    text = (own[0] / "report.html").read_text(encoding="utf-8")
+    scripts = re.findall("<script>(.*?)</script>", text, re.S)
+    assert scripts and not any(re.search(r"https?:|fetch|XMLHttp|WebSocket|EventSource|sendBeacon|import[ (]", script) for script in scripts)
+    rest = re.sub("<script>.*?</script>|data:image/[^\"]*", "", text, flags=re.S).replace(str(own[0]), "")
+    assert not re.search(r"https?:|<script|<link|<iframe|<object|@import|url\(|href=|src=\"[^\"]|srcset", rest)
+    hostile = "</pre></title></script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    summary = summary_of(*(measurement(seed=seed) for seed in range(3)))
+    calm = page(summary, ["a", "b"])
+    angry = page(summary | {"scorer": hostile, "features": hostile}, [hostile, hostile], hostile, hostile)
+    for tag in ("<script", "</script", "<img", "</pre", "</title"):
+        assert angry.count(tag) == calm.count(tag), tag
+    assert "&lt;script&gt;alert(1)" in angry
 
 
 def test_prompts_do_not_leave_the_folder(base, tmp_path, monkeypatch):
     monkeypatch.setattr(r2d3, "load_base", lambda config, device: base)
     monkeypatch.setattr(base.text, "tokens", lambda prompts: torch.ones(len(prompts), 9, dtype=torch.long))
-    monkeypatch.setattr(r2d3, "rollout", lambda base, schedule, cond, *args, **more: torch.zeros(1, *base.latent_shape))
+    monkeypatch.setattr(r2d3, "rollout", lambda base, schedule, cond, *args, **more: torch.zeros(len(cond.embeds), *base.latent_shape))
     (tmp_path / "prompts.txt").write_text("../../etc/passwd\n/root/x\n..\\..\\x\nCON\n", encoding="utf-8")
     made = r2d3.sample(r2d3.Config(prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "in"), samples_per_prompt=1, device="cpu"))
     assert len(made) == 4 and all(path.resolve().parent == (tmp_path / "in").resolve() for path in made)
