@@ -474,7 +474,10 @@ def identify(base, reward: str) -> dict:
     """
     weights = hashlib.sha256()
     for name, part in sorted(vars(base).items()):
-        for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+        tensors = part.state_dict() if isinstance(part, nn.Module) else {}
+        if torch.is_tensor(part) and name.endswith(("mean", "std")):        # of latents: read with the weights
+            tensors = {"": part}
+        for key, value in tensors.items():
             weights.update(f"{name}.{key} {tuple(value.shape)}".encode())
             weights.update(value.detach().to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy())
     return {"weights": weights.hexdigest(),

@@ -208,6 +208,8 @@ def test_the_weights_belong_to_a_run(capsys, own):
     assert run.check_identity(base, "dnc", Path("there"), {}, 1) == other        # a run from before there were hashes
     run.warn_if_changed(str(own[0]), base, "dnc")
     assert "is not what" in capsys.readouterr().err
+    base.latent_std = 1.1 * base.latent_std
+    assert run.changed(other, run.identify(base, "dnc")) == "the base, by its weights,"
     run.warn_if_changed(str(own[0]), fresh_base(), "dnc")
     assert capsys.readouterr().err == ""
 
