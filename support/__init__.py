@@ -88,7 +88,7 @@ def say_not_finite(what: str, tensors: Iterable[Tensor]) -> None:
 def say_too_long(what: str, count: int, total: int) -> None:
     """One line, once, if `what` does not read all of some prompts."""
     if count:
-        say(f"{count} of {total} prompts are longer than {what} can read; what stands at their ends does not count there")
+        say(f"{count} of {total} prompts are longer than {what} can read; their ends do not count there")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -109,8 +109,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             with contextlib.suppress(OSError):
                 part.unlink()
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); make room, mend the permissions, or name "
-                        "another folder") from None
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); make room, mend the permissions, or "
+                        "name another folder") from None
 
 
 def check_writable(*folders: Path) -> None:
@@ -121,7 +121,7 @@ def check_writable(*folders: Path) -> None:
     for folder in folders:
         for place in (folder, *folder.parents):
             if place.exists() and not place.is_dir():
-                raise UserError(f"{place} is a file, where a folder should be written; remove it or name another folder")
+                raise UserError(f"{place} is a file, where a folder should be; remove it or name another folder")
         probe = folder / f"probe{os.getpid()}"
         write_atomic(probe, b"0" * 4096)
         probe.unlink()

@@ -94,7 +94,7 @@ def check_types(config_class: type, settings: dict) -> tuple[list[str], str | No
         if typing.get_origin(hints.get(name)) is typing.Literal:
             choices, kinds = typing.get_args(hints[name]), []
         kinds += [int] if float in kinds else []
-        if name in hints and value not in choices and type(value) not in kinds and (value is not None or type(None) not in kinds):
+        if name in hints and value not in choices and type(value) not in kinds:
             return [], f"{name} is {value!r}, wanted {' or '.join(map(repr, choices)) or kinds[0].__name__}"
     return sorted(settings.keys() - hints.keys()), None
 

@@ -92,8 +92,8 @@ def load_measurement(path: Path, prompts: int, samples: int) -> Measurement | No
     """A measurement that was kept; None if there is none, or the file holds anything else."""
     try:
         kept = Measurement(**torch.load(path, weights_only=True))
-        whole = all(tensor.shape[:2] == (prompts, samples) for tensor in kept[:-1]) and len(kept.latents) == len(shown(prompts))
-        return kept if whole else None
+        whole = all(tensor.shape[:2] == (prompts, samples) for tensor in kept[:-1])
+        return kept if whole and len(kept.latents) == len(shown(prompts)) else None
     except Exception:                                           # torch.load has many ways to fail
         return None
 
@@ -127,7 +127,7 @@ def look(pictures, prompts: list[str], texts: tuple[dict[str, int], Tensor], fea
 
 
 def join(parts: list[tuple[Tensor, ...]], prompts: int, samples: int, label: str) -> Measurement:
-    """All objects' rows as a Measurement. One line each is said of numbers that are not finite, and of empty objects."""
+    """All objects' rows as a Measurement; one line each says how many are not finite, and how many are empty."""
     *numbers, latents = (torch.cat(tensors) for tensors in zip(*parts))
     measured = Measurement(*(tensor.unflatten(0, (prompts, samples)) for tensor in numbers), latents)
     total = measured.reward.numel()
@@ -161,8 +161,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
 def entry(old: Tensor, new: Tensor, old_draws: Tensor, new_draws: Tensor, normal: bool = False) -> dict:
     """A metric (a number) before and after, with 95% intervals from what it is on resampled prompts (n,).
 
-    With `normal` the draws tell only the spread around the values. What cannot be measured is None: a number that is not
-    finite, and all intervals where the draws are NaN.
+    With `normal` the draws tell only the spread around the values. What cannot be measured is None: a number that is
+    not finite, and all intervals where the draws are NaN.
     """
     change, changes = (new - old).item(), new_draws - old_draws
     error, exact = changes.std().item(), 1e-6 * max(abs(old.item()), abs(new.item()))
@@ -184,7 +184,7 @@ def number(value: float) -> float | None:
 
 
 def resample(values: Tensor, draws: Tensor) -> Tensor:
-    """Values of prompts (P,) -> their mean over each of the draws (n, P); NaN for one prompt, which tells of no spread."""
+    """Values of prompts (P,) -> their mean over each of the draws (n, P); NaN for one prompt, which has no spread."""
     return values[draws].mean(1) if len(values) > 1 else torch.full(draws.shape[:1], math.nan)
 
 
@@ -217,9 +217,9 @@ FID_DRAWS, FID_DRAWS_WIDE, WIDE = 100, 16, 512      # resamples for FID's interv
 def fid_draws(before: Measurement, after: Measurement, reference: Measurement, draws: Tensor) -> Tensor:
     """FID to the reference, before and after, on resampled prompts: (2, n).
 
-    Only the spread of these numbers is used. So up to 512 features there are 100 resamples in float64, and with more, of
-    which Inception has 2,048, 16 in float32, on the GPU where there is one: a spread from 16 draws is known to about a fifth
-    of itself, and each takes seconds.
+    Only the spread of these numbers is used. So up to 512 features there are 100 resamples in float64, and with more,
+    of which Inception has 2,048, 16 in float32, on the GPU where there is one: a spread from 16 draws is known to about
+    a fifth of itself, and each takes seconds.
     """
     from tqdm import tqdm
     P, D = len(before.reward), before.fid_features.shape[-1]

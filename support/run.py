@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from support import (PromptError, UserError, brief, cache_folder, check_writable, clear_parts, cli, load_weights, published, say, say_too_long,
-                     to_bytes, to_json, write_atomic)
+from support import (PromptError, UserError, brief, cache_folder, check_writable, clear_parts, cli, load_weights,
+                     published, say, say_too_long, to_bytes, to_json, write_atomic)
 
 # ---- Prompts, rewards, LoRAs: what a person hands in --------------------------------------------------------------
 
@@ -49,8 +49,8 @@ def load_prompts(spec: str) -> list[str]:
             raise UserError(f"the prompt file {spec} cannot be read ({error.strerror})") from None
         for number, line in enumerate(lines, 1):
             if len(line) > MAX_PROMPT:
-                raise UserError(f"{spec}, line {number}: a prompt of {len(line)} characters ({brief(line, 60)}); write one "
-                                f"prompt a line, of at most {MAX_PROMPT}")
+                raise UserError(f"{spec}, line {number}: a prompt of {len(line)} characters ({brief(line, 60)}); "
+                                f"write one prompt a line, of at most {MAX_PROMPT}")
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"the prompt file {spec} is empty; write one prompt a line")
@@ -64,9 +64,10 @@ def load_prompts(spec: str) -> list[str]:
 
 
 def prepare(base, reward: Callable | None, prompts: list[str], *specs: str) -> None:
-    """base.prepare for all prompts of a run and the empty one; a prompt that cannot be used is named with file and line.
+    """base.prepare for all prompts of a run and the empty one.
 
-    `specs` are what load_prompts read them from. One line each says how many prompts are too long for base and reward.
+    A prompt that cannot be used is named with its line in `specs`, what load_prompts read them from. One line each
+    says how many prompts are too long for base and reward.
     """
     try:
         base.prepare([*prompts, ""])
@@ -85,7 +86,8 @@ def prepare(base, reward: Callable | None, prompts: list[str], *specs: str) -> N
 def reward_terms(spec: str) -> list[tuple[str, str]]:
     """The names and weights (as they were written, "" for none) in "aesthetic=1,dnc=0.3" or "my_file.py:fn=2,dnc".
 
-    Files may have "=" and "," in their paths: what names a file that is there is one name. UserError: a weight is no number.
+    Files may have "=" and "," in their paths: what names a file that is there is one name. UserError: a weight is no
+    number.
     """
     pieces, terms = spec.split(","), []
     while pieces:
@@ -116,7 +118,7 @@ def absolute_reward(spec: str) -> str:
 
 
 def reward_files(spec: str) -> list[Path]:
-    """The files that a reward of one's own is made of: those that `spec` names, and what they import from beside them."""
+    """The files of a reward of one's own: those that `spec` names, and what they import from beside them."""
     found = [Path(name.rpartition(":")[0]) for name, _ in reward_terms(spec) if ".py:" in name]
     for file in found:                                          # grows while it is walked
         try:
@@ -175,8 +177,8 @@ def call_reward(function: Callable, title: str, render, prompts: list[str]) -> t
         raise UserError(f"--reward {title} failed: {what_failed(error)}") from error
     wanted = tuple(render.image.shape[:2])
     if not isinstance(score, torch.Tensor) or score.is_nested:
-        raise UserError(f"--reward {title} returned a {type(score).__name__}; wanted a torch.Tensor (objects, views), here "
-                        f"{wanted}")
+        raise UserError(f"--reward {title} returned a {type(score).__name__}; wanted a torch.Tensor (objects, views), "
+                        f"here {wanted}")
     if tuple(score.shape) != wanted:
         raise UserError(f"--reward {title} returned {tuple(score.shape)}; wanted (objects, views), here {wanted}")
     if score.is_complex() or score.layout != torch.strided:
@@ -188,7 +190,8 @@ def call_reward(function: Callable, title: str, render, prompts: list[str]) -> t
     if training and not (finite := score.isfinite().all(1)).all():
         bad = int(finite.int().argmin())
         blame = "the model has diverged" if not render.image[bad].isfinite().all() else "mend it for such pictures"
-        raise UserError(f"--reward {title} is not finite: {score[bad].tolist()} for {brief(prompts[bad], 100)!r}; {blame}")
+        raise UserError(f"--reward {title} is not finite: {score[bad].tolist()} for {brief(prompts[bad], 100)!r}; "
+                        f"{blame}")
     return score
 
 
@@ -199,17 +202,18 @@ def gradient(title: str, score: torch.Tensor, latents: torch.Tensor) -> torch.Te
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise UserError(f"--reward {title} has no gradient ({brief(error)}); does it change its pictures in place, or is it "
-                        "not made from them?") from error
+        raise UserError(f"--reward {title} has no gradient ({brief(error)}); does it change its pictures in place, or "
+                        "is it not made from them?") from error
 
 
 def check_finite(title: str, score: torch.Tensor, gradient: torch.Tensor) -> None:
     """Raise UserError if rewards, or the gradients made of them, are not finite."""
     for what, value in (("is", score), ("has a gradient that is", gradient)):
         if not value.isfinite().all():
-            raise UserError(f"--reward {title} {what} not finite ({value[~value.isfinite()][0].item()}); does it divide by 0, "
-                            "or take the root or norm of 0? add a small number there; or has the model diverged? try a "
-                            "smaller --lr or --beta")
+            first = value[~value.isfinite()][0].item()
+            raise UserError(f"--reward {title} {what} not finite ({first}); does it divide by 0, or take the root or "
+                            "norm of 0? add a small number there; or has the model diverged? try a smaller --lr or "
+                            "--beta")
 
 
 def find_lora(path: str) -> Path:
@@ -224,13 +228,13 @@ def find_lora(path: str) -> Path:
     return place
 
 
-# What a LoRA's adapter_config.json may say: these settings are honoured, those that change nothing once it is trained are
-# left aside, and any other that is not as peft has it by default is refused.
+# What a LoRA's adapter_config.json may say: these settings are honoured, those that change nothing once it is trained
+# are left aside, and any other that is not as peft has it by default is refused.
 HONOURED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
             "layers_to_transform", "layers_pattern"}
-LEFT_ASIDE = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "peft_version",
-              "auto_mapping", "init_lora_weights", "eva_config", "runtime_config", "megatron_core"}
-KEEP_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")      # ways to begin a LoRA that leave the base as it is
+LEFT_ASIDE = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+              "peft_version", "auto_mapping", "init_lora_weights", "eva_config", "runtime_config", "megatron_core"}
+KEEP_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")    # beginnings of a LoRA that leave the base alone
 
 
 def lora_settings(file: Path, about: dict[str, str]) -> dict | None:
@@ -252,8 +256,8 @@ def lora_settings(file: Path, about: dict[str, str]) -> dict | None:
         raise UserError(f"{file} is a {settings['peft_type']}, not a LoRA")
     usual = LoraConfig().to_dict() | {"init_lora_weights": settings.get("init_lora_weights")}
     if settings.get("init_lora_weights") not in KEEP_THE_BASE:
-        raise UserError(f"the LoRA {file} began with {settings['init_lora_weights']}, which changes the base too; that is not "
-                        "supported")
+        raise UserError(f"the LoRA {file} began with {settings['init_lora_weights']}, which changes the base too; that "
+                        "is not supported")
     for name, value in settings.items():
         if name not in HONOURED | LEFT_ASIDE and value != usual.get(name) and value not in (None, False, {}, []):
             raise UserError(f"the LoRA {file} was made with {name} = {brief(value, 60)}, which is not supported")
@@ -261,10 +265,10 @@ def lora_settings(file: Path, about: dict[str, str]) -> dict | None:
 
 
 def load_lora(net: nn.Module, path: Path) -> nn.Module:
-    """The network with a saved LoRA: a run's lora/ folder, one of peft's or diffusers', or what Nabla-R2D3's code saved.
+    """The network with a saved LoRA: a run's lora/ folder, one of peft's or diffusers', or Nabla-R2D3's code's.
 
-    The strength is what its settings say. Without settings, a file of Nabla-R2D3's code (its names begin with unet.) has
-    peft's default alpha of 8, a scale of 8 / rank; ours have a scale of 1.
+    The strength is what its settings say. Without settings, a file of Nabla-R2D3's code (its names begin with unet.)
+    has peft's default alpha of 8, a scale of 8 / rank; ours have a scale of 1.
     """
     from peft import LoraConfig, get_peft_model
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -290,7 +294,8 @@ def load_lora(net: nn.Module, path: Path) -> nn.Module:
         net = get_peft_model(net, LoraConfig(**settings))
         set_lora(net, weights)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} does not fit this base ({brief(error.args[0] if error.args else error, 150)})") from None
+        why = brief(error.args[0] if error.args else error, 150)
+        raise UserError(f"{file} does not fit this base ({why})") from None
     return net
 
 
@@ -304,7 +309,8 @@ def set_lora(net: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"it has no {unknown[0]}")
     for name, value in weights.items():
         if not value.is_floating_point() or not value.isfinite().all():
-            raise ValueError(f"{name} is {value.dtype}" + (", with values that are not finite" * value.is_floating_point()))
+            what = "not finite" if value.is_floating_point() else f"{value.dtype}, which is no float"
+            raise ValueError(f"{name} is {what}")
     set_peft_model_state_dict(net, weights)
 
 
@@ -345,7 +351,7 @@ def read_settings(folder: Path, config_class: type) -> dict:
     return {name: value for name, value in settings.items() if name not in unknown}
 
 
-# What is locked: the folder, and the open file whose lock the system takes back when this process ends, however it does.
+# What is locked: the folder, and the open file whose lock the system takes back when this process ends, in any way.
 LOCKED: list[tuple[Path, object]] = []
 
 
@@ -367,11 +373,12 @@ def lock(folder: Path, *subfolders: str) -> None:
                         break
                 file.close()                                    # its owner was just removing it: once more
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by {brief(path.read_text(encoding='utf-8')) or 'another process'}; wait until "
-                            "it is done, or name another folder with --out") from None
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}); mend that, or name another folder with --out"
+            owner = brief(path.read_text(encoding="utf-8")) or "another process"
+            raise UserError(f"{folder} is in use by {owner}; wait until it is done, or name another folder with --out"
                             ) from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror}); mend that, or name another folder with "
+                            "--out") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -421,13 +428,17 @@ def open_run(settings: dict, config_class: type, prompts: str, free: set[str], r
         settings, state = go_on(settings, config_class, prompts, free, checkpoint)
     elif settings["resume"]:
         raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
-    elif out.is_dir() and not (out / "config.json").is_file() and {path.name for path in out.iterdir() if path.is_file() or any(
-            path.iterdir())} - {".lock"}:
+    elif not (out / "config.json").is_file() and foreign(out):
         raise UserError(f"{out} is not empty and holds no run; name another folder with --out")
     if rank == 0:
         check_writable(out / "lora", out / "checkpoint", out / "samples")
     gather(None, world)
     return settings, state
+
+
+def foreign(folder: Path) -> bool:
+    """Whether there is anything in the folder but a lock and empty folders."""
+    return any(path.name != ".lock" for path in folder.rglob("*") if not path.is_dir())
 
 
 def go_on(settings: dict, config_class: type, prompts: str, free: set[str], checkpoint: Path) -> tuple[dict, dict]:
@@ -444,7 +455,8 @@ def go_on(settings: dict, config_class: type, prompts: str, free: set[str], chec
                             "name another folder with --out")
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        for name, kind in {"epoch": int, "prompts": str, "rows": list, "lora": dict, "history": dict, "optimizer": dict}.items():
+        kinds = {"epoch": int, "prompts": str, "rows": list, "lora": dict, "history": dict, "optimizer": dict}
+        for name, kind in kinds.items():
             if not isinstance(state[name], kind):
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
         if not state["rows"] or not all({"update", "epoch", "judged"} <= row.keys() for row in state["rows"]):
@@ -467,7 +479,10 @@ def identify(base, reward: str) -> dict:
     """
     weights = hashlib.sha256()
     for name, part in sorted(vars(base).items()):
-        for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+        tensors = part.state_dict() if isinstance(part, nn.Module) else {}
+        if torch.is_tensor(part) and name.endswith(("mean", "std")):        # of latents: read with the weights
+            tensors = {"": part}
+        for key, value in tensors.items():
             weights.update(f"{name}.{key} {tuple(value.shape)}".encode())
             weights.update(value.detach().to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy())
     return {"weights": weights.hexdigest(),
@@ -546,7 +561,8 @@ def stop_diverged(what: str, epoch: int, update: int, config) -> None:
     what, state = what.replace("_", " "), Path(config.out, "checkpoint/state.pt")
     left = f"the last good checkpoint is {state}" if state.is_file() else "there is no checkpoint yet"
     mend = f"look at what --reward {config.reward} does there, or " if "reward" in what else ""
-    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; {mend}try a smaller --lr or --beta")
+    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; {mend}try a smaller --lr or "
+                    "--beta")
 
 
 def restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict, out: Path) -> None:
@@ -555,8 +571,8 @@ def restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict, out: 
         set_lora(net, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{out / 'checkpoint/state.pt'} does not fit its run ({brief(error, 100)}); name another folder with "
-                        "--out") from None
+        raise UserError(f"{out / 'checkpoint/state.pt'} does not fit its run ({brief(error, 100)}); name another "
+                        "folder with --out") from None
 
 
 def load_scores(path: Path) -> dict[str, float | None]:
@@ -596,7 +612,8 @@ def scores_by_prompt(key: str, prompts: list[str], batch: int, score: Callable[[
             except UserError as error:
                 kept = say(f"the scores are not kept for other runs: {error}")
     if unknown := [prompt for prompt in prompts if scores[prompt] is None]:
-        say(f"{len(unknown)} of {len(prompts)} prompts got no finite score, and count as the lowest ({brief(unknown[0], 60)})")
+        say(f"{len(unknown)} of {len(prompts)} prompts got no finite score, and count as the lowest "
+            f"({brief(unknown[0], 60)})")
     return {prompt: -math.inf if scores[prompt] is None else scores[prompt] for prompt in prompts}
 
 
@@ -618,7 +635,8 @@ def start_processes(device: str) -> tuple[str, int, int]:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=WAIT)
     if not GROUPS:                          # on CPUs, also beside GPUs: there a missing process is an exception
-        GROUPS.update({wait: torch.distributed.new_group(backend="gloo", timeout=wait) for wait in (WAIT, LOADING_WAIT)})
+        for wait in (WAIT, LOADING_WAIT):
+            GROUPS[wait] = torch.distributed.new_group(backend="gloo", timeout=wait)
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -632,8 +650,8 @@ def gather(value: object, world: int, wait: timedelta = WAIT) -> list:
         try:
             torch.distributed.all_gather_object(everyone, value, GROUPS[wait])
         except RuntimeError as error:
-            raise UserError(f"process {os.environ['RANK']} waited in vain for the others: one has ended, or stood still for "
-                            f"{wait} ({brief(error, 120)}); end them all, and go on with --resume") from None
+            raise UserError(f"process {os.environ['RANK']} waited in vain for the others: one has ended, or stood "
+                            f"still for {wait} ({brief(error, 120)}); end them all, and go on with --resume") from None
     return everyone
 
 

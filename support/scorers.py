@@ -43,7 +43,7 @@ def clip_embed(visual: nn.Module, images: Tensor) -> Tensor:
 def too_long(prompts: list[str]) -> int:
     """How many of the prompts have more than the 77 tokens that CLIP reads, so that their ends are not seen."""
     import open_clip
-    long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode("utf-8")) > 75]      # a token has a byte at least
+    long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode("utf-8")) > 75]    # a token has a byte
     return sum(int((open_clip.tokenize(long[n:n + 1000], 78)[:, 77] != 0).sum()) for n in range(0, len(long), 1000))
 
 

@@ -35,7 +35,8 @@ class WordTable(nn.Module):
                 raise PromptError(f"the base 'shapes' does not know the word {brief(unknown[0], 60)!r} in the prompt "
                                   f"{brief(prompt, 100)!r}; it knows: {' '.join(w for w in self.index if w)}", prompt)
             if len(words) > len(row):
-                raise PromptError(f"the prompt {brief(prompt, 100)!r} has {len(words)} words; 'shapes' takes {len(row)}", prompt)
+                raise PromptError(f"the prompt {brief(prompt, 100)!r} has {len(words)} words; "
+                                  f"'shapes' takes {len(row)}", prompt)
             row[:len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
         return out.to(self.words.weight.device)
 
