@@ -29,6 +29,7 @@ from support import UserError, check_writable, gaussiancube, load_weights, publi
 
 SOLID = 0.95        # share of the object's usual alpha where a pixel shows its surface: splats reach past its edges
 FREE = 0.5          # how much a pixel without surface counts, against 1 for one that faces the camera
+THROUGH = 0.2       # share of the cameras that must see through a point for it to be outside
 SH_C0 = 0.28209479177387814     # zeroth spherical harmonic: .ply files store (colour - 0.5) / SH_C0
 PLY_FIELDS = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
               "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
@@ -245,9 +246,10 @@ def fuse(points: Tensor, c2w: Tensor, fxfycxcy: Tensor, views: list[View], trunc
     """Signed distance (n,) at points (n, 3) in units of `truncation`, within [-1, 1], positive outside.
 
     The mean over the cameras in front of whose surface, or not far behind it, a point lies; the more squarely a surface
-    faces a camera, the more that counts. Seen by none: inside.
+    faces a camera, the more that counts. Seen by none: inside. So is what only a few cameras see through, with no surface
+    near: they look in at one hole and out at another.
     """
-    total, weights = points.new_zeros(len(points)), points.new_zeros(len(points))
+    total, weights, free = (points.new_zeros(len(points)) for _ in range(3))
     for pose, lens, view in zip(c2w, fxfycxcy, views):
         z, place = project(points, pose, lens)
         depth, facing = pick(torch.cat([view.depth, view.facing]), place)
@@ -256,7 +258,9 @@ def fuse(points: Tensor, c2w: Tensor, fxfycxcy: Tensor, views: list[View], trunc
         weight = torch.where(empty, FREE, facing.clamp(min=0) ** 2) * (distance > -1)
         total += distance * weight
         weights += weight
-    return torch.where(weights > 0.01, total / weights.clamp(min=0.01), -1.0)
+        free += (distance == 1) & (weight > 0)
+    inside = (weights < 0.01) | (total >= 0.999 * weights) & (free < THROUGH * len(views))
+    return torch.where(inside, -1.0, total / weights.clamp(min=0.01))
 
 
 def color(vertices: Tensor, c2w: Tensor, fxfycxcy: Tensor, views: list[View], tolerance: float) -> Tensor:
