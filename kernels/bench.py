@@ -532,7 +532,7 @@ def r2d3(arguments, limit):
     """(exit code or None for a limit that was reached, seconds, output) of `python r2d3.py`."""
     begun = time.perf_counter()
     child = subprocess.Popen([sys.executable, str(ROOT / "r2d3.py"), *arguments], cwd=ROOT, encoding="utf-8",
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output, code = child.communicate(timeout=limit)[0], child.returncode
     except subprocess.TimeoutExpired:
