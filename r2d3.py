@@ -390,9 +390,8 @@ class NoiseSchedule:
         """The grid of "dpm" (sde-dpmsolver++ of order 1, Nabla-R2D3's) or "ddim", with diffusers' numbers.
 
         Both end at the smallest noise level instead of at 0, so that the last step is a Gaussian too. With
-        `flow_shift` they are a rectified flow's: "dpm" starts just below sigma = 1, "ddim" walks the grid of
-        diffusers' flow sampler, and so does "euler", without noise. They end at sigma = 0, as published: the
-        last step draws no noise, and is not trained.
+        `flow_shift` they are a rectified flow's, and end at sigma = 0, as published: "dpm" starts just below
+        sigma = 1, "ddim" walks the grid of diffusers' flow sampler, and so does "euler", without noise.
         """
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
         dpm = partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=1)
@@ -782,9 +781,8 @@ def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: b
                 untrained: bool = False) -> Reward:
     """The reward that `spec` describes: "aesthetic", "aesthetic=1,dnc=0.3", "my_file.py:my_function".
 
-    `checkpoint` saves memory in published scorers, `untrained` gives them random weights. The returned
-    function has a `.title` that says what measures it. Raises UserError for what cannot be loaded or is not a
-    number.
+    `checkpoint` saves memory in published scorers, `untrained` gives them random weights. The function's
+    `.title` says what measures it. Raises UserError for what cannot be loaded.
     """
     terms = [(float(weight or 1), *load_reward_term(name, base, device, checkpoint, untrained))
              for name, weight in run.reward_terms(spec)]
@@ -800,10 +798,8 @@ def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: b
 
 def load_reward_term(name: str, base: Base, device: torch.device | str, checkpoint: bool,
                      untrained: bool) -> tuple[Reward, str]:
-    """One reward by name, by its scorer's name or by file.py:function, and a title: what measures it.
-
-    aesthetic, hpsv2 and normal are measured by the base's own small networks where it has some, else by the
-    published scorers that the paper uses.
+    """One reward by name, by its scorer's name or by file.py:function, and a title: what measures it. A base
+    with small networks of its own has them for aesthetic, hpsv2 and normal, others the published scorers.
     """
     if ".py:" in name:
         return run.load_function(name), name
@@ -1288,8 +1284,7 @@ def start_lora(job: Job) -> torch.optim.Optimizer:
 @run.unlocking()
 def train(config: Config, base: Base | None = None) -> dict:
     """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary.
-
-    `base` is one of the caller's own; without it the one that `config` names is loaded.
+    `base` is one of the caller's own, in place of the one that `config` names.
     """
     from tqdm import tqdm
     started = time.perf_counter()
@@ -1363,9 +1358,8 @@ def train(config: Config, base: Base | None = None) -> dict:
 
 
 def cost(config: Config, base: Base | None = None) -> dict:
-    """What one epoch takes: parameters, seconds by phase, peak memory. Prints and returns it, saves nothing.
-
-    On a CPU a big base is asked for one object and one transition only.
+    """What one epoch takes: parameters, seconds by phase, peak memory; on a CPU of big bases for one transition
+    of one object. Prints and returns it, saves nothing.
     """
     config = resolve(config)
     config = dataclasses.replace(config, beta=1.0 if isinstance(config.beta, str) else config.beta)
@@ -1394,9 +1388,8 @@ def cost(config: Config, base: Base | None = None) -> dict:
 
 @torch.no_grad()
 def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
-    """The prompts without the share `min_quantile` of them on which the untouched base scores lowest.
-
-    One object each; processes share the work. Scores are kept for all runs with this base and reward.
+    """The prompts without the share `min_quantile` of them on which one object of the untouched base scores
+    lowest. Processes share the work; scores are kept for all runs with this base and reward.
     """
     config = job.config
     if not config.min_quantile:
@@ -1498,9 +1491,8 @@ def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSc
 
 @torch.no_grad()
 def sample(config: Config, base: Base | None = None) -> list[Path]:
-    """Make objects: for each a .ply, an .html to turn it, a .png of four views, a .gif; and samples.json.
-
-    An object depends on seed, prompt and its number among the prompt's samples, not on the other prompts.
+    """Make objects: for each a .ply, an .html to turn it, a .png of four views, a .gif; and samples.json. An
+    object depends on seed, prompt and its number among the prompt's samples, not on the other prompts.
     """
     from tqdm import tqdm
     if not config.prompts:
