@@ -1358,9 +1358,8 @@ def train(config: Config, base: Base | None = None) -> dict:
 
 
 def cost(config: Config, base: Base | None = None) -> dict:
-    """What one epoch takes: parameters, seconds by phase, peak memory; on a CPU of big bases for one transition
-    of one object. Prints and returns it, saves nothing.
-    """
+    """What one epoch takes: parameters, seconds by phase, peak memory. Prints and returns it, saves nothing.
+    On a CPU a big base is asked for one transition of one object."""
     config = resolve(config)
     config = dataclasses.replace(config, beta=1.0 if isinstance(config.beta, str) else config.beta)
     on_gpu = torch.device(config.device).type == "cuda"
