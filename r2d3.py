@@ -1048,7 +1048,7 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
 
         with phase("reward gradient"), frozen(base.net):
             g[asked], judged = reward_gradient(predict, value, schedule, some.x_s, some.i + 1)
-        score[asked] = judged.cpu()
+        score[asked] = judged.to(score)
 
     # 2. The loss. The reference is the same network with its LoRA switched off.
     guidance = config.guidance if config.branch == "guided" else 1.0

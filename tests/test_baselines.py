@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from test_method import (  # noqa: F401
     CONFIG,
-    PROMPTS,
     ROOT,
     Base,
     changed,
     close,
     flat,
     make_batch,
+    make_job,
     quadratic,
     randn,
 )
@@ -44,8 +44,10 @@ def test_refl_in_closed_form(flat):  # noqa: F811
     """x0 = (x_t - sigma (J x_t + b + ...)) / alpha, so d loss / d b = sigma / alpha dr/dx0, by A times x_t."""
     base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
     batch, null = make_batch(base, schedule)
-    loss = r2d3.refl_loss(base, quadratic, schedule, batch, null, CONFIG, seeded(0))
-    assert loss.shape == (4,)
+    job = make_job(base, quadratic, schedule, null, CONFIG)
+    values, judged = r2d3.refl_step(job, batch)
+    loss = values["loss"]
+    assert loss.shape == (4,) and judged == 4
     for m, i in enumerate(batch.i.tolist()):
         alpha, sigma, x = schedule.alpha[i], schedule.sigma[i], batch.x_t[m].flatten()
         letters = CONFIG.guidance * (m + 1)                     # guidance by s is s times as many letters
@@ -54,26 +56,27 @@ def test_refl_in_closed_form(flat):  # noqa: F811
         r = -(VIEWS * (flat @ x0) - 0.5).square().sum(1).mean()
         assert close(loss[m], -r, 1e-11)
         by_b = sigma / alpha * slope(flat, x0)
-        got = gradients(base, r2d3.refl_loss(base, quadratic, schedule, Transitions(
-            batch.i[m:m + 1], batch.x_t[m:m + 1], None, None, batch.cond[m:m + 1], PROMPTS[m:m + 1]), null, CONFIG,
-            seeded(0)).sum())
+        got = gradients(base, r2d3.refl_step(job, batch.at(torch.arange(4) == m))[0]["loss"].sum())
         assert refuses_wrong(got["b"], by_b)
         assert refuses_wrong(got["A"], by_b[:, None] * x) and refuses_wrong(got["E"], letters * by_b[:, None] * x)
 
 
-@pytest.mark.parametrize("K, noises", [(1, 0), (2, 0), (3, 0), (1, 2)])
-def test_draft_in_closed_form(flat, K, noises):  # noqa: F811
+@pytest.mark.parametrize("draft_steps", [1, 2, 3, 0])
+def test_draft_in_closed_form(flat, draft_steps):  # noqa: F811
     """A sampler step is x -> P x - q b' + std noise with P = (c_x + c_0 / alpha) I - q J and q = c_0 sigma / alpha."""
     base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
     batch, null = make_batch(base, schedule)
+    K = max(1, draft_steps)                                     # 0 is DRaFT-LV: the last step, from the sample noised anew
     first = 20 - K
     batch = batch._replace(i=torch.full((4,), first))
-    config = changed(method="draft", draft_steps=K, draft_noises=noises)
-    loss = r2d3.draft_loss(base, quadratic, schedule, batch, null, config, seeded(5))
-    got = gradients(base, loss.sum())
-    generator, x, want_b, want_loss = seeded(5), batch.x_t, torch.zeros(6).double(), []
-    draw = lambda: torch.randn(4, 2, 3, generator=generator).double()
-    if noises:
+    config = changed(method="draft", draft_steps=draft_steps)
+    values, judged = r2d3.draft_step(make_job(base, quadratic, schedule, null, config),
+                                     batch._replace(generators=[seeded(5, m) for m in range(4)]))
+    loss, got = values["loss"], gradients(base, values["loss"].sum())
+    assert judged == 4
+    generators, x, want_b, want_loss = [seeded(5, m) for m in range(4)], batch.x_t, torch.zeros(6).double(), []
+    draw = lambda: torch.stack([torch.randn(2, 3, generator=generator) for generator in generators]).double()
+    if draft_steps == 0:
         x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * draw()
     x, by_b = [row.flatten() for row in x], [torch.zeros(6, 6).double()] * 4
     for i in range(first, 20):
@@ -103,8 +106,9 @@ def test_ddpo_in_closed_form(flat, i):  # noqa: F811
     batch = batch._replace(i=torch.full((4,), i), advantage=advantage)
     with torch.no_grad():
         old = r2d3.predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, CONFIG.guidance)
-    loss = r2d3.ddpo_loss(base, None, schedule, batch._replace(eps_old=old), null, CONFIG, None)
-    assert close(loss, -advantage)                              # the ratio is 1
+    values, judged = r2d3.ddpo_step(make_job(base, None, schedule, null, CONFIG), batch._replace(eps_old=old))
+    loss = values["loss"]
+    assert judged == 0 and close(loss, -advantage)                              # the ratio is 1
     c_x, c_0, std = schedule.step(i)
     mean = c_x * batch.x_t + c_0 * (batch.x_t - schedule.sigma[i] * old) / schedule.alpha[i]
     want = (advantage[:, None] * (batch.x_s - mean).flatten(1)).sum(0) / 6 / std ** 2 * c_0 * schedule.sigma[i] / schedule.alpha[i]
@@ -112,7 +116,7 @@ def test_ddpo_in_closed_form(flat, i):  # noqa: F811
 
 
 @pytest.mark.parametrize("side, sign, moves", [(1, 1, False), (1, -1, True), (-1, 1, True), (-1, -1, False)])
-def test_ddpo_is_clipped(side, sign, moves):
+def test_ddpo_is_clipped(monkeypatch, side, sign, moves):
     """A ratio that has left [1 - c, 1 + c] in the direction that the advantage wants gives no gradient any more."""
     base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
     batch, null = make_batch(base, schedule)
@@ -123,7 +127,9 @@ def test_ddpo_is_clipped(side, sign, moves):
         ideal = (batch.x_t - schedule.alpha[12] / c_0 * (batch.x_s - c_x * batch.x_t)) / schedule.sigma[12]
         assert close(schedule.transition(batch.x_t, ideal, batch.i)[0], batch.x_s)
         old = eps + side * 0.1 * (eps - ideal)                  # less likely than eps (side 1), or more
-    loss = r2d3.ddpo_loss(base, None, schedule, batch._replace(eps_old=old), null, changed(ddpo_clip=1e-3), None)
+    monkeypatch.setitem(r2d3.DDPO_CLIP, "shapes", 1e-3)
+    job = make_job(base, None, schedule, null, changed(base="shapes"))
+    loss = r2d3.ddpo_step(job, batch._replace(eps_old=old))[0]["loss"]
     ratio = (r2d3.log_prob(schedule, batch, eps) - r2d3.log_prob(schedule, batch, old)).exp()
     assert ((ratio - 1) * side > 1e-3).all()
     assert (gradients(base, loss.sum())["b"].abs().max() > 1e-6) == moves
@@ -142,8 +148,8 @@ def test_ddpo_follows_the_gradient_of_the_expected_reward(flat):  # noqa: F811
     mean, std = schedule.transition(x_t, old, i)
     x_s = mean + std * randn(n, 2, 3, seed=2)
     rewards = -(x_s - 0.3).square().sum((1, 2))
-    batch = Transitions(steps, x_t, x_s, old, cond, None, rewards - rewards.mean())
-    loss = r2d3.ddpo_loss(base, None, schedule, batch, null, config, None).mean()
+    batch = Transitions(steps, x_t, x_s, old, cond, None, None, None, rewards - rewards.mean())
+    loss = r2d3.ddpo_step(make_job(base, None, schedule, null, config), batch)[0]["loss"].mean()
     got = -6 * gradients(base, loss)["b"]                       # log_prob is a mean over 6 elements
     slope_b = -schedule.step(i)[1] * schedule.sigma[i] / schedule.alpha[i]     # d mean / d b
     want = (-2 * (x_s - 0.3)).mean(0).flatten() * slope_b
@@ -157,7 +163,7 @@ def test_log_prob_is_the_recorded_one():
     schedule, latents = NoiseSchedule.from_diffusers("dpm", 20), d["latents"][0].unflatten(1, (4, 4)).double()
     eps = d["unet_outputs"][0].unflatten(1, (4, 8))[:, :, :4].double()     # of 8 channels, 4 are a variance
     i = torch.arange(20)
-    got = r2d3.log_prob(schedule, Transitions(i, latents[:-1], latents[1:], None, None, None), eps)
+    got = r2d3.log_prob(schedule, Transitions(i, latents[:-1], latents[1:], *[None] * 6), eps)
     want = d["log_probs"].double().mean(0)                      # recorded per view
     assert close(got[:-1], want[:-1], 2e-5) and close(got, want, 2e-4)
     assert not close(got.roll(1), want, 1e-3) and not close(-got, want, 1e-3)
@@ -185,14 +191,10 @@ def test_steps_of_each_method(steps):
 
     late = {pick(seed, method="refl")[0] for seed in range(200)}
     assert late == set(range(steps - -(-steps // 4), steps)) and len(pick(0, method="refl")) == 1
-    assert pick(0, method="draft") == [steps - 1] and pick(0, method="draft", draft_noises=3) == [steps - 1] * 3
+    assert pick(0, method="draft") == [steps - 1] and pick(0, method="draft", draft_steps=0) == [steps - 1] * 2
     assert pick(0, method="draft", draft_steps=steps) == [0]
     assert pick(3, method="ddpo") == pick(3, method="nabla")
     if steps == 20:
-        for seed in range(50):
-            picked = pick(seed, method="nabla", train_from=0.5, last_step="never")
-            assert len(set(picked)) == 8 and min(picked) >= 10 and max(picked) < 19
-        loose = [pick(seed, method="nabla", stratify=False, last_step="never") for seed in range(50)]
-        assert all(len(set(picked)) == 8 and max(picked) < 19 for picked in loose)
-        assert any(sum(step < 5 for step in picked) in (0, 4, 5) for picked in loose)  # a quarter has 1 to 3 if stratified
-        assert all(1 <= sum(s < 5 for s in pick(seed, method="nabla", last_step="never")) <= 3 for seed in range(50))
+        picks = [pick(seed, method="nabla", last_step="never") for seed in range(50)]
+        assert all(len(set(picked)) == 8 and max(picked) < 19 for picked in picks)
+        assert all(1 <= sum(step < 5 for step in picked) <= 3 for picked in picks)     # from each quarter in turn

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
-from support import scorers  # noqa: E402
+from support import published, scorers  # noqa: E402
 from r2d3 import Gaussians, Render, seeded  # noqa: E402
 
 VIEWS = torch.tensor([0.0, 90.0, 180.0, 270.0])
@@ -103,23 +103,26 @@ def test_orbit():
     assert close(r2d3.orbit(90.0, 0.0, 2.0)[:3, 3], torch.tensor([0.0, 2, 0]), 1e-6)  # above is +y
 
 
-@pytest.mark.parametrize("name, base, ranges", [("sampling", 10.0, (10.0, 0.0)),
-                                                ("training", 0.0, (10.0, 20.0))])
-def test_sampled_cameras_are_the_recorded_ones(monkeypatch, name, base, ranges):
+@pytest.mark.parametrize("name, base, half_widths", [("sampling", 10.0, (5.0, 0.0)),
+                                                     ("training", 0.0, (5.0, 10.0))])
+def test_sampled_cameras_are_the_recorded_ones(monkeypatch, name, base, half_widths):
     """With the uniforms that were drawn; 1 - u for elevations, which are counted downwards there."""
     d = data("cameras")
     azimuth, elevation = d[f"rand_{name}.uniforms"].unbind(1)
-    uniforms = torch.stack([azimuth, 1 - elevation], 1)
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator: uniforms.reshape(shape))
-    monkeypatch.setattr(r2d3, "ELEVATION", base)  # training had its cameras around the horizon by mistake
-    c2w, fxfycxcy = r2d3.sample_cameras(3, 4, *ranges, seeded(0))
+    uniforms = iter(torch.stack([azimuth, 1 - elevation], 1))
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: next(uniforms).reshape(shape))
+    # training had its cameras around the horizon by mistake
+    c2w, fxfycxcy = r2d3.sample_cameras(4, *half_widths, [seeded(n) for n in range(3)], elevation=base)
     assert close(c2w, d[f"rand_{name}.C2W"], 5e-7)
     assert close(fxfycxcy[1], d["default.fxfycxcy"], 1e-7)
 
 
 @pytest.mark.parametrize("views", [1, 2, 3, 4, 6])
 def test_sample_cameras(views):
-    c2w, fxfycxcy = r2d3.sample_cameras(600, views, 20.0, 60.0, seeded(3))
+    def drawn(seed):
+        return r2d3.sample_cameras(views, 10.0, 30.0, [seeded(seed, n) for n in range(600)])
+
+    c2w, fxfycxcy = drawn(3)
     assert c2w.shape == (600, views, 4, 4) and fxfycxcy.shape == (600, views, 4)
     assert torch.equal(fxfycxcy, torch.tensor([r2d3.FXFY, r2d3.FXFY, 0.5, 0.5]).expand_as(fxfycxcy))
     assert_looks_at_origin(c2w)
@@ -137,10 +140,10 @@ def test_sample_cameras(views):
     offset = first - 90 * sides
     assert -30 < offset.min() < -29 and 29 < offset.max() < 30 and abs(offset.mean()) < 3
     assert torch.corrcoef(torch.stack([offset, elevation[:, 0]]))[0, 1].abs() < 0.15  # drawn independently
-    again, _ = r2d3.sample_cameras(600, views, 20.0, 60.0, seeded(3))
-    other, _ = r2d3.sample_cameras(600, views, 20.0, 60.0, seeded(4))
-    assert torch.equal(c2w, again) and not torch.equal(c2w, other)
-    fixed, _ = r2d3.sample_cameras(2, 4, 0.0, 0.0, seeded(0))
+    assert torch.equal(c2w, drawn(3)[0]) and not torch.equal(c2w, drawn(4)[0])
+    alone, _ = r2d3.sample_cameras(views, 10.0, 30.0, [seeded(3, 77)])
+    assert close(c2w[77:78], alone, 1e-6)  # an object's cameras are its own
+    fixed, _ = r2d3.sample_cameras(4, 0.0, 0.0, [seeded(0), seeded(1)])
     assert close(fixed, r2d3.input_cameras(2)[0], 1e-6)
 
 
@@ -169,7 +172,7 @@ def test_base_has_the_recorded_rays():
     net.set_attn_processor, net.attn_processors = lambda processors: None, {}
     options = dict(image_size=256, prediction_type="epsilon", guidance=1.0, betas={},
                    latent_mean=torch.zeros(1), latent_std=torch.ones(1), scale_range=(0.1, 0.2),
-                   depth_scale=1.0, device="cpu")
+                   depth_scale=1.0, eval_size=16, lora_targets=[], device="cpu")
     base = r2d3.DiffSplat(net, vae, None, half_image_shift=True, **options)
     assert base.latent_shape == (4, 4, 32, 32)
     assert close(base.plucker, d["plucker_latent_256_to_32"], 5e-7)
@@ -178,7 +181,7 @@ def test_base_has_the_recorded_rays():
 
 
 def test_rays_are_lines_through_the_cameras():
-    c2w, fxfycxcy = r2d3.sample_cameras(2, 3, 20.0, 60.0, seeded(1))
+    c2w, fxfycxcy = r2d3.sample_cameras(3, 20.0, 60.0, [seeded(1), seeded(2)])
     moment, direction = r2d3.plucker_rays(c2w, fxfycxcy, 5, 8).split(3, 2)
     origin = c2w[..., :3, 3, None, None].expand_as(direction)
     assert close(direction.norm(dim=2), torch.ones(2, 3, 5, 8), 1e-6)
@@ -508,7 +511,7 @@ def no_network(monkeypatch, tmp_path):
 
 def test_aesthetic_without_network(no_network):
     with pytest.raises(r2d3.UserError, match="could not be fetched") as error:
-        r2d3.load_reward("aesthetic", None, "cpu", r2d3.Config(scorer="laion"))
+        r2d3.load_reward("laion", SimpleNamespace(tower=None), "cpu")
     assert "network" in str(error.value) and "\n" not in str(error.value)
     assert not no_network.exists()
 
@@ -517,7 +520,7 @@ def test_aesthetic_refuses_another_file(no_network, monkeypatch):
     head = scorers.LaionAesthetic(RecordingTower()).layers.state_dict()
     torch.save({f"layers.{name}": value for name, value in head.items()}, no_network)
     with pytest.raises(r2d3.UserError, match="checksum"):
-        r2d3.load_reward("aesthetic", None, "cpu", r2d3.Config(scorer="laion"))
+        r2d3.load_reward("laion", SimpleNamespace(tower=None), "cpu")
     checksum = hashlib.sha256(no_network.read_bytes()).hexdigest()
     monkeypatch.setattr(scorers.LaionAesthetic, "sha256", checksum)  # now it is the published one
     scorer = scorers.LaionAesthetic.pretrained("cpu")
@@ -544,6 +547,21 @@ def tiny_pixart(weights):
     return net.eval()
 
 
+# What the released code puts a LoRA on; the paper says attention and the output layer, which is our default.
+LORA = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj", "linear",
+        "linear_1", "linear_2"]
+
+
+def test_lora_of_the_paper():
+    """Attention and the output layer, and nothing else, have one by default."""
+    net = r2d3.add_lora(tiny_pixart(data("lora")), published.PUBLISHED["diffsplat-pixart"]["lora_targets"], 16, seed=0)
+    names = {name.removeprefix("base_model.model.").split(".lora_A")[0]
+             for name, weight in net.named_parameters() if "lora_A" in name and weight.requires_grad}
+    attention = {f"transformer_blocks.{block}.{attn}.{layer}" for block in range(2) for attn in ("attn1", "attn2")
+                 for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert names == attention | {"proj_out"}
+
+
 def test_lora_is_the_published_one():
     """The same modules, scale 1, Gaussian start; the recorded weights make the recorded predictions."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -555,7 +573,7 @@ def test_lora_is_the_published_one():
                        timestep=d["timestep"], return_dict=False,
                        added_cond_kwargs={"resolution": None, "aspect_ratio": None})[0]
 
-    net, prefix = r2d3.add_lora(tiny_pixart(d), 8, seed=0), "base_model.model."
+    net, prefix = r2d3.add_lora(tiny_pixart(d), LORA, 8, seed=0), "base_model.model."
     ours = {name.removeprefix(prefix): value for name, value in get_peft_model_state_dict(net).items()}
     theirs = {name[5:]: value for name, value in d.items() if name.startswith("lora.")}
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
@@ -573,10 +591,10 @@ def test_lora_is_the_published_one():
 
 def test_lora_depends_on_its_seed_alone():
     d = data("lora")
-    nets = [r2d3.add_lora(tiny_pixart(d), 4, seed) for seed in (5, 5, 6)]
+    nets = [r2d3.add_lora(tiny_pixart(d), LORA, 4, seed) for seed in (5, 5, 6)]
     first, second, third = (dict(net.named_parameters()) for net in nets)
     name = next(name for name in first if "lora_A" in name)
     assert torch.equal(first[name], second[name]) and not torch.equal(first[name], third[name])
     net, before = tiny_pixart(d), torch.get_rng_state()
-    r2d3.add_lora(net, 4, 0)
+    r2d3.add_lora(net, LORA, 4, 0)
     assert torch.equal(before, torch.get_rng_state())  # and leaves everybody else's random numbers alone

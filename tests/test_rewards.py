@@ -29,7 +29,6 @@ PROMPTS = ["a photo of a red toy robot", "An astronaut, riding a horse; 3D rende
 TINY_CLIP = {"embed_dim": 24,
              "vision_cfg": {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
-PAPER_BASE = Config(base="diffsplat-pixart")
 BASE = SimpleNamespace(tower=object(), normals=lambda images: images)
 
 
@@ -131,6 +130,7 @@ def published(monkeypatch, tmp_path):
 
     package, utils = ModuleType("hpsv2"), ModuleType("hpsv2.utils")
     utils.hps_version_map = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+    package.utils = utils
     monkeypatch.setitem(sys.modules, "hpsv2", package)
     monkeypatch.setitem(sys.modules, "hpsv2.utils", utils)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -156,16 +156,16 @@ def test_hps_that_cannot_be_fetched_says_so(published, monkeypatch):
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(r2d3.UserError, match="hps-v2.1 could not be fetched.*no route to the hub.*4 GB") as error:
-        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
+    with pytest.raises(r2d3.UserError, match="HPS v2.1.* could not be fetched.*no route to the hub.*4 GB") as error:
+        r2d3.load_reward("hps-v2.1", BASE, "cpu")
     assert "\n" not in str(error.value)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: str(published.folder / "checkpoint.pt"))
     torch.save({"state_dict": {"visual.proj": torch.zeros(1)}}, published.folder / "checkpoint.pt")
     with pytest.raises(r2d3.UserError, match="could not be fetched or read"):
-        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
+        r2d3.load_reward("hps-v2.1", BASE, "cpu")
     monkeypatch.setitem(sys.modules, "hpsv2.utils", None)       # the package is not installed
     with pytest.raises(r2d3.UserError, match="hpsv2.*pip install -r requirements.txt"):
-        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
+        r2d3.load_reward("hps-v2.1", BASE, "cpu")
 
 
 def test_the_package_knows_the_checkpoints():
@@ -297,8 +297,8 @@ def test_marigold_saves_memory_if_asked_and_says_when_it_is_missing(estimator, m
     assert close(*gradients, 1e-4)
     monkeypatch.setattr(scorers.MarigoldNormals, "name", "nowhere/at-all")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(r2d3.UserError, match="marigold could not be fetched") as error:
-        r2d3.load_reward("normal", BASE, "cpu", r2d3.Config(scorer="marigold"))
+    with pytest.raises(r2d3.UserError, match="Marigold.* could not be fetched") as error:
+        r2d3.load_reward("marigold", BASE, "cpu")
     assert "\n" not in str(error.value)
 
 
@@ -441,13 +441,11 @@ def asked_for(monkeypatch):
     """The published scorers' loaders, which only write down what they were asked."""
     asked = []
     for kind in ("LaionAesthetic", "HPSv2", "MarigoldNormals"):
-        def pretrained(*arguments, kind=kind):
-            asked.append((kind, *arguments))
+        def pretrained(*, kind=kind, **how):
+            asked.append((kind, how))
             return lambda render, prompts=None: render.image.mean((2, 3, 4)) if hasattr(render, "image") else render
         monkeypatch.setattr(getattr(scorers, kind), "pretrained", pretrained)
     return asked
-
-
 
 
 def test_the_base_picks_the_scorer(asked_for):
@@ -457,56 +455,41 @@ def test_the_base_picks_the_scorer(asked_for):
     assert load("normal", BASE, "cpu").title == "normal (embedded scorer: normal estimator)"
     assert load("dnc", BASE, "cpu").title == "dnc (depth-normal consistency)" and not asked_for
     bare = SimpleNamespace(tower=None)
-    assert load("aesthetic", bare, "cpu", PAPER_BASE).title == "aesthetic (LAION V2, CLIP ViT-L/14)"
-    assert load("hpsv2", bare, "cpu", PAPER_BASE).title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
-    assert load("normal", bare, "cpu", PAPER_BASE).title == "normal (Marigold v1-1, one step)"
-    assert load("dnc", bare, "cpu", PAPER_BASE).title == "dnc (depth-normal consistency)"
-    assert asked_for == [("LaionAesthetic", "cpu", False, False), ("HPSv2", "v2.1", "cpu", False, False),
-                       ("MarigoldNormals", "cpu", False, False)]
+    assert load("aesthetic", bare, "cpu").title == "aesthetic (LAION V2, CLIP ViT-L/14)"
+    assert load("hpsv2", bare, "cpu").title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
+    assert load("normal", bare, "cpu").title == "normal (Marigold v1-1, one step)"
+    assert load("dnc", bare, "cpu").title == "dnc (depth-normal consistency)"
+    how = {"device": "cpu", "checkpoint": False, "untrained": False}
+    assert asked_for == [("LaionAesthetic", how), ("HPSv2", how | {"version": "v2.1"}), ("MarigoldNormals", how)]
 
 
-def test_options_pick_the_scorer_and_are_in_the_title(asked_for):
-    def load(reward, of=BASE, **options):
-        return r2d3.load_reward(reward, of, "cpu", Config(**options))
-
-    assert load("hpsv2", scorer="hps-v2.0").title == "hpsv2 (HPS v2.0, CLIP ViT-H/14)"
-    summed = load("aesthetic=2,normal=0.5,hpsv2", scorer="marigold", checkpoint_scorer=True, angle_mask=True)
-    assert summed.title == ("2 x aesthetic (embedded scorer: colourfulness) + 0.5 x normal (Marigold v1-1, one step, "
-                            "angle mask) + hpsv2 (embedded scorer: image-text tower)")
-    assert asked_for == [("HPSv2", "v2.0", "cpu", False, False), ("MarigoldNormals", "cpu", True, False)]
-    bare = SimpleNamespace(tower=None, normals=None)
-    colourful = load("aesthetic", bare, base="diffsplat-pixart", scorer="embedded")
-    assert colourful.title == "aesthetic (embedded scorer: colourfulness)"
-    both = load("normal", normal_gradient=True, angle_mask=True).title
-    assert both == "normal (embedded scorer: normal estimator, gradient through the estimator, angle mask)"
-    assert load("dnc", angle_mask=True).title == "dnc (depth-normal consistency, angle mask)"
-    for reward, options, words in (
-            ("dnc", {"scorer": "marigold"}, "--scorer marigold is for normal, and --reward is dnc"),
-            ("aesthetic", {"scorer": "hps-v2.1"}, "--scorer hps-v2.1 is for hpsv2"),
-            ("dnc", {"normal_gradient": True}, "--normal-gradient is for normal"),
-            ("aesthetic", {"angle_mask": True}, "--angle-mask is for normal and dnc"),
-            ("beauty", {}, "there is no reward 'beauty'")):
-        with pytest.raises(r2d3.UserError, match=re.escape(words)):
-            load(reward, **options)
-    for reward in ("hpsv2", "normal"):
-        with pytest.raises(r2d3.UserError, match=f"embedded scorer of {reward} belongs to --base shapes"):
-            load(reward, bare, base="diffsplat-pixart", scorer="embedded")
+def test_a_scorer_has_a_name_of_its_own(asked_for):
+    """On any base, in sums, with what saves memory; the title says what measures."""
+    assert r2d3.load_reward("hps-v2.0", BASE, "cpu").title == "hps-v2.0 (HPS v2.0, CLIP ViT-H/14)"
+    summed = r2d3.load_reward("aesthetic=2,marigold=0.5,hpsv2", BASE, "cpu", checkpoint=True)
+    assert summed.title == ("2 x aesthetic (embedded scorer: colourfulness) + 0.5 x marigold (Marigold v1-1, one step) "
+                            "+ hpsv2 (embedded scorer: image-text tower)")
+    how = {"device": "cpu", "checkpoint": False, "untrained": False}
+    assert asked_for == [("HPSv2", how | {"version": "v2.0"}), ("MarigoldNormals", how | {"checkpoint": True})]
+    bare = SimpleNamespace(tower=None)
+    assert r2d3.load_reward("colorfulness", bare, "cpu").title == "colorfulness (colourfulness)"
+    untrained = r2d3.load_reward("laion", bare, "cpu", untrained=True).title
+    assert untrained == "laion (LAION V2, CLIP ViT-L/14, random weights)" and asked_for[-1][1]["untrained"]
+    with pytest.raises(r2d3.UserError, match="there is no reward 'beauty'"):
+        r2d3.load_reward("beauty", BASE, "cpu")
 
 
-def test_options_reach_the_reward(monkeypatch):
-    """--normal-gradient and --angle-mask of the command line change what load_reward's function does."""
+def test_arguments_of_the_geometry_rewards():
+    """`gradient` and `angle_mask` of the functions change what they say, and where the gradient goes."""
     got, truth = sphere()
     ours = truth * torch.tensor([1, -1, -1]).view(3, 1, 1)
-    base = SimpleNamespace(tower=object(), normals=lambda images: ours + 0 * images)
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    scores = []
-    for arguments in ([], ["--normal-gradient"], ["--angle-mask"]):
-        _, config = r2d3.parse(["--reward", "normal", *arguments])
-        scores.append(r2d3.load_reward(config.reward, base, "cpu", config)(got, [""]))
+    scores = [r2d3.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
+              for more in ({}, {"gradient": True}, {"angle_mask": True})]
     through = [torch.autograd.grad(score.sum(), got.image, allow_unused=True)[0] for score in scores[:2]]
     assert through[0] is None and through[1] is not None
     assert torch.equal(scores[0], scores[1]) and not torch.allclose(scores[0], scores[2])
-    dnc = [r2d3.load_reward("dnc", base, "cpu", Config(angle_mask=on))(got, [""]) for on in (False, True)]
+    dnc = [r2d3.depth_normal_consistency(got, [""], angle_mask=on) for on in (False, True)]
     assert not torch.allclose(*dnc)
 
 
@@ -530,18 +513,30 @@ def shapes():
 
 @pytest.fixture
 def setting(shapes, tmp_path):
-    """12 prompts, a run of three chunks of them, and what every chunk scores, by rollout and judge."""
+    """A job, 12 prompts for it in three batches, and what the base scores on each, by rollout and judge."""
     base, null, schedule = shapes
-    prompts = (ROOT / "prompts/shapes_train.txt").read_text().splitlines()[:12]
+    prompts = (ROOT / "prompts/shapes_train.txt").read_text(encoding="utf-8").splitlines()[:12]
     config = Config(out=str(tmp_path), steps=3, views=1, view_size=16, guidance=2.0, eval_batch=5,
                     min_quantile=0.25, seed=3)
-    reward = r2d3.load_reward("aesthetic", base, "cpu", config)
-    scores = {}
-    for n in (0, 5, 10):
-        part, generator = prompts[n:n + 5], seeded(n)
-        x0 = r2d3.rollout(base, schedule, base.encode(part), null, 2.0, generator).x[:, -1]
-        scores |= zip(part, r2d3.judge(base, reward, x0, part, config, generator)[0].tolist())
-    return base, reward, schedule, prompts, null, config, scores
+    job = r2d3.Job(base, judge_of(base, r2d3.load_reward("aesthetic", base, "cpu")), schedule, null, config)
+    generators = [seeded("filter", prompt) for prompt in prompts]
+    x0 = r2d3.rollout(base, schedule, base.encode(prompts), null, 2.0, generators).x[:, -1]
+    return job, prompts, dict(zip(prompts, job.judge(x0, prompts, generators)[0].tolist()))
+
+
+def judge_of(base, reward):
+    return r2d3.make_judge(base, reward, views=1, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
+
+
+def best_of(prompts, scores):
+    return [prompt for prompt in prompts if prompt not in set(sorted(prompts, key=scores.get)[:3])]
+
+
+def with_config(job, **changes):
+    return job._replace(config=dataclasses.replace(job.config, **changes))
+
+
+SAME = {"weights": "the same", "reward": {}}
 
 
 def scores_file():
@@ -550,88 +545,90 @@ def scores_file():
 
 
 def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypatch):
-    base, reward, schedule, prompts, null, config, scores = setting
-    left_out = set(sorted(prompts, key=scores.get)[:3])
-    want = [prompt for prompt in prompts if prompt not in left_out]
+    job, prompts, scores = setting
+    want = best_of(prompts, scores)
     twice = [prompts[0]] * 3 + prompts + [prompts[7]]
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == want and len(want) == 9
-    assert json.loads(scores_file().read_text()) == pytest.approx(scores)
-    again = [p for p in twice if p not in left_out]             # a prompt that is there twice counts once
-    assert r2d3.filter_prompts(base, reward, schedule, twice, null, config) == again
+    assert r2d3.filter_prompts(job, prompts, SAME) == want and len(want) == 9
+    assert json.loads(scores_file().read_text(encoding="utf-8")) == pytest.approx(scores, abs=1e-5)
+    again = [p for p in twice if p in want]                     # a prompt that is there twice counts once
+    assert r2d3.filter_prompts(job, twice, SAME) == again
 
-    def untouchable(*arguments):
+    def untouchable(*arguments, **more):
         raise AssertionError("scored again")
 
-    r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
     monkeypatch.setattr(r2d3, "rollout", untouchable)
-    later = dataclasses.replace(config, resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1)
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, later) == want
+    later = with_config(job, resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1, eval_batch=7)
+    assert r2d3.filter_prompts(later, prompts, SAME) == want
     other = [prompts[0], "a red cube", *prompts[2:]]            # a file that has changed
-    for changed, named in ((dataclasses.replace(config, views=2), prompts), (config, other),
-                           (dataclasses.replace(config, reward="dnc"), prompts)):
+    for changed, named, identity in ((with_config(job, views=2), prompts, SAME), (job, other, SAME),
+                                     (with_config(job, reward="dnc"), prompts, SAME),
+                                     (job, prompts, {"weights": "others", "reward": {}})):
         with pytest.raises(AssertionError, match="scored again"):   # scores of something else
-            r2d3.filter_prompts(base, reward, schedule, named, null, changed)
-    off = dataclasses.replace(config, min_quantile=0.0, out=str(Path(config.out, "off")))
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, off) == prompts
-    assert not Path(off.out).exists()
+            r2d3.filter_prompts(changed, named, identity)
+    assert r2d3.filter_prompts(with_config(job, min_quantile=0.0), prompts, SAME) == prompts
 
 
-def test_an_interrupted_pass_goes_on(setting, monkeypatch):
-    base, reward, schedule, prompts, null, config, scores = setting
-    judge, calls = r2d3.judge, []
+def test_an_interrupted_pass_goes_on(setting):
+    job, prompts, scores = setting
+    calls = []
 
-    def unplugged(*arguments):
-        calls.append(arguments[3])
+    def unplugged(x0, part, generators):
+        calls.append(part)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return judge(*arguments)
+        return job.judge(x0, part, generators)
 
-    monkeypatch.setattr(r2d3, "judge", unplugged)
     with pytest.raises(KeyboardInterrupt):
-        r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
-    got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
+        r2d3.filter_prompts(job._replace(judge=unplugged), prompts, SAME)
+    got = r2d3.filter_prompts(job._replace(judge=unplugged), prompts, SAME)
     assert calls == [prompts[:5], prompts[5:10], prompts[5:10], prompts[10:]]
-    assert got == [p for p in prompts if p not in set(sorted(prompts, key=scores.get)[:3])]
-    scores_file().write_text("{ half a fi")
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == got
+    assert got == best_of(prompts, scores)
+    scores_file().write_text("{ half a fi", encoding="utf-8")
+    assert r2d3.filter_prompts(job, prompts, SAME) == got
 
 
 def test_a_changed_reward_scores_again(setting, tmp_path):
-    base, _, schedule, prompts, null, config, _ = setting
+    job, prompts, _ = setting
     mine = tmp_path / "mine.py"
     for sign in "+-":
-        mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n")
-        config = dataclasses.replace(config, reward=f"dnc=0.1,{mine}:score=2")
-        reward = r2d3.load_reward(config.reward, base, "cpu", config)
-        assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
+        mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n", encoding="utf-8")
+        spec = f"dnc=0.1,{mine}:score=2"
+        changed = with_config(job, reward=spec)._replace(judge=judge_of(job.base, r2d3.load_reward(spec, job.base, "cpu")))
+        assert r2d3.filter_prompts(changed, prompts, r2d3.run.identify(job.base, spec))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())) == 2
 
 
-def test_processes_share_the_work(setting, monkeypatch):
-    """Two processes, one after the other: each scores its chunks, and both get the list of a single one."""
-    base, reward, schedule, prompts, null, config, scores = setting
-    shares = []
+def test_processes_share_the_work(setting, monkeypatch, tmp_path):
+    """Two processes, one after the other: each scores its share of every batch, and both get the list of a single one."""
+    job, prompts, scores = setting
+    shares = {0: {}, 1: {}}
     for rank in range(2):
-        def gather(everyone, mine):
-            shares.append(dict(mine))
-            everyone[:] = [{p: s for p, s in scores.items() if p not in mine}, mine]
+        batches = iter((prompts[:10], prompts[10:]))
 
-        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config, rank, 2)
-        assert got == [p for p in prompts if p not in set(sorted(prompts, key=scores.get)[:3])]
-    assert [list(share) for share in shares] == [prompts[:5] + prompts[10:], prompts[5:10]]
-    assert {**shares[0], **shares[1]} == pytest.approx(scores)
+        def gather(mine, world, *wait):
+            if not mine:                                        # what is known from before: nothing
+                return [mine] * world
+            theirs = {prompt: scores[prompt] for prompt in next(batches)[1 - rank::2]}
+            assert not mine.keys() & theirs.keys()
+            shares[rank] |= mine
+            return [mine, theirs] if rank == 0 else [theirs, mine]
+
+        monkeypatch.setattr(r2d3.run, "gather", gather)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{rank}"))
+        assert r2d3.filter_prompts(job._replace(rank=rank, world=2), prompts, SAME) == best_of(prompts, scores)
+    assert [list(share) for share in shares.values()] == [prompts[0::2], prompts[1::2]]
+    assert {**shares[0], **shares[1]} == pytest.approx(scores, abs=1e-5)
 
 
 def test_a_score_that_is_not_a_number_is_the_lowest(setting):
-    base, _, schedule, prompts, null, config, _ = setting
+    job, prompts, _ = setting
 
     def broken(render, named):
         rows = [math.nan if prompt in (prompts[1], prompts[8], prompts[11]) else 0.5 for prompt in named]
         return torch.tensor(rows)[:, None]
 
     for _ in range(2):                                          # the second time from the file
-        got = r2d3.filter_prompts(base, broken, schedule, prompts, null, config)
+        got = r2d3.filter_prompts(job._replace(judge=judge_of(job.base, broken)), prompts, SAME)
         assert got == [p for n, p in enumerate(prompts) if n not in (1, 8, 11)]
 
 
@@ -673,7 +670,9 @@ def test_a_missing_file_is_not_a_prompt(spec):
 def test_hpdv2_comes_through_its_package(monkeypatch):
     package, asked = ModuleType("hpsv2"), []
     package.benchmark_prompts = lambda style: asked.append(style) or [" A  toad\nin the rain ", "Two cats."]
+    package.utils = ModuleType("hpsv2.utils")
     monkeypatch.setitem(sys.modules, "hpsv2", package)
+    monkeypatch.setitem(sys.modules, "hpsv2.utils", package.utils)
     for style in ("photo", "anime", "concept-art", "paintings"):
         assert r2d3.load_prompts(f"hpdv2:{style}") == ["A toad in the rain", "Two cats."]
     assert asked == ["photo", "anime", "concept-art", "paintings"]
