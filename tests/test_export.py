@@ -128,12 +128,13 @@ def inside(mesh, n):
     return torch.cartesian_prod(axis, axis, axis), (counts.cumsum(1)[:, :n] % 2 == 1).flatten()
 
 
-def test_meshes_are_the_true_scenes_through_the_autoencoder(base, monkeypatch):
-    """Volume IoU against the signed distances that the scenes were traced from. 100 objects: see the README."""
+@pytest.mark.parametrize("through", ["as they are", "through the autoencoder"])
+def test_meshes_are_the_true_scenes(base, through):
+    """Volume IoU against the signed distances that the scenes were traced from. Many objects: see the README."""
     pytest.importorskip("skimage", reason="meshes need scikit-image")
     pytest.importorskip("trimesh", reason="meshes need trimesh")
-    for name, value in (("GRID", base.image_size), ("SCALE_RANGE", base.scale_range), ("DEPTH_SCALE", base.depth_scale)):
-        monkeypatch.setattr(make_shapes, name, value)           # those of the file, whichever edition it is
+    if through != "as they are" and list(base.scale_range) != list(make_shapes.SCALE_RANGE):
+        pytest.skip("support/shapes.safetensors is of another edition than make_shapes.py: it knows other splats")
     rng = random.Random(7)
     scenes = [make_shapes.draw_geometry(rng) for _ in range(4)]
     traced = make_shapes.turned(make_shapes.trace(scenes), [0, 1, 2, 3], torch.zeros(4, dtype=torch.long))
@@ -141,21 +142,23 @@ def test_meshes_are_the_true_scenes_through_the_autoencoder(base, monkeypatch):
     table = make_shapes.scene_table(scenes)
     with torch.no_grad():
         grids = make_shapes.paint(traced, colors, random.Random(0))
-        tries = [grids, grids.clone()]                          # q and -q are one rotation; the autoencoder learnt one of
-        tries[1][:, 1, 6:10] *= -1                              # them, which the machine that made its data had drawn
-        again = [make_shapes.reconstruct(base.vae, one) for one in tries]
-        errors = [(one - two).abs().mean().item() for one, two in zip(tries, again)]
-        gaussians = make_shapes.splats(again[errors.index(min(errors))])
+        if through != "as they are":
+            tries = [grids, grids.clone()]                      # q and -q are one rotation; the autoencoder learnt one of
+            tries[1][:, 1, 6:10] *= -1                          # them, which the machine that made its data had drawn
+            again = [make_shapes.reconstruct(base.vae, one) for one in tries]
+            errors = [(one - two).abs().mean().item() for one, two in zip(tries, again)]
+            grids = again[errors.index(min(errors))]
+        gaussians = make_shapes.splats(grids)
     shares = []
     for index in range(4):
         begun = time.process_time()
         made = export.mesh(gaussians, *forty(), index)
         assert time.process_time() - begun < 20                 # 2 cores, 10 s each
-        assert made.is_watertight and made.is_volume
+        assert made.is_watertight and made.is_volume and made.volume > 0
         points, ours = inside(made, 40)
         true = make_shapes.scene_distance(points, torch.full((len(points),), index), table)[0] < 0
         shares.append(((ours & true).sum() / (ours | true).sum()).item())
-    assert sum(shares) / 4 >= 0.85 and min(shares) > 0.75, shares
+    assert sum(shares) / 4 >= 0.85 and min(shares) > 0.7, shares
 
 
 def ball(count=4000, radius=0.3):
