@@ -148,7 +148,7 @@ def test_the_committed_rows_are_the_claim(tmp_path):
     for title in ("## 1.", "## 3.", "## 5."):
         section = text.partition(title)[2].partition("\n## ")[0]
         quoted = [line for line in section.splitlines() if line.startswith("| ")]
-        assert len(quoted) >= 6 and set(quoted) <= set(lines), set(quoted) - set(lines)
+        assert len(quoted) >= 5 and set(quoted) <= set(lines), set(quoted) - set(lines)
     compare.plot(rows, "aesthetic", tmp_path / "plot.png")
     compare.plot_sweep(rows, tmp_path / "sweep.png")
     assert min((tmp_path / name).stat().st_size for name in ("plot.png", "sweep.png")) > 20_000
