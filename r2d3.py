@@ -47,7 +47,7 @@ shows it on twenty lines of somebody else's code.
     python r2d3.py --reward aesthetic             # minutes on two CPU cores, no weights are downloaded
     python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
     python r2d3.py evaluate --run runs/shapes-aesthetic-seed0
-    torchrun --nproc-per-node 4 r2d3.py --reward hpsv2 --base diffsplat-pixart
+    torchrun --nproc-per-node 4 -- r2d3.py --reward hpsv2 --base diffsplat-pixart
 """
 
 from __future__ import annotations
