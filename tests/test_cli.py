@@ -61,11 +61,13 @@ def test_readme_commands_parse(monkeypatch, tmp_path):
     (["--steps", "0"], ["--steps", "above zero"]),
     (["--steps", "501"], ["501", "500"]),
     (["--scorer", "laion"], ["--scorer"]),
+    (["--sampler", "euler"], ["--sampler euler", "rectified flow"]),
     (["sample", "--prompts", "a red cube", "--resume"], ["--resume", "not for sample"]),
     (["--lr", "inf"], ["--lr"]),
     (["--seed", "9" * 26], ["--seed"]),
     (["--lora-rank", "100000"], ["--lora-rank", "1024"]),
     (["--view-size", "2"], ["--view-size", "8"]),
+    (["--elevation-jitter", "81"], ["--elevation-jitter", "80"]),
     (["--eval-size", "28"], ["--eval-size"]),
     (["--beta", "2std"], ["--beta"]),
     (["--estimator", "once"], ["step", "sample", "identity"]),
@@ -88,8 +90,11 @@ def test_readme_commands_parse(monkeypatch, tmp_path):
     (["--draft-steps", "21"], ["--draft-steps", "20"]),
     (["--method", "ppo"], ["nabla", "ddpo"]),
     (["sample", "--prompts", "a red cube", "--lora", "nowhere"], ["--lora"]),
+    (["sample", "--prompts", "a red cube", "--run", "nowhere.safetensors"], ["nowhere.safetensors"]),
     (["--weights", "nowhere.safetensors"], ["nowhere.safetensors", "no file of weights"]),
     (["--run", "somewhere"], ["--run", "not for train"]),
+    (["--mesh"], ["--mesh", "not for train"]),
+    (["evaluate", "--protocol", "paper", "--samples-per-prompt", "1"], ["--protocol paper", "--samples-per-prompt 2"]),
     (["evaluate", "--prompts", "a red cube"], ["--prompts", "not for evaluate"]),
     (["evaluate", "--out", "/dev/null/here", "--eval-prompts", "1"], ["/dev/null/here", "annot be written"]),
     (["--resume"], ["--resume", "no checkpoint"]),
@@ -110,7 +115,7 @@ def test_mistakes_get_one_sentence(monkeypatch, capsys, tmp_path, arguments, wor
 
 def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     code, text = run(monkeypatch, capsys, "--prompts", "empty.txt")
     assert code == 2 and "empty.txt is empty" in text
     (tmp_path / "latin.txt").write_bytes("ein grüner Würfel".encode("latin-1"))
@@ -123,12 +128,12 @@ def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
         code, text = run(monkeypatch, capsys, "--weights", "weights.safetensors")
         assert code == 2 and "weights.safetensors" in text and "complete" in text, (name, text)
 
-    (tmp_path / "mine.py").write_text("def other(render, prompts): pass\n")
+    (tmp_path / "mine.py").write_text("def other(render, prompts): pass\n", encoding="utf-8")
     code, text = run(monkeypatch, capsys, "--reward", "mine.py:score")
     assert code == 2 and "no function 'score'" in text
     for body, word in (("return render.image.mean()", "returned"), ("return 1 / 0", "ZeroDivisionError"),
                        ("return render.image.detach().mean((2, 3, 4))", "no gradient")):
-        (tmp_path / "mine.py").write_text(f"def score(render, prompts):\n    {body}\n")
+        (tmp_path / "mine.py").write_text(f"def score(render, prompts):\n    {body}\n", encoding="utf-8")
         code, text = run(monkeypatch, capsys, "--reward", "mine.py:score", "--out", "unused")
         assert code == 2 and word in text and not (tmp_path / "unused").exists(), text
     (tmp_path / "broken.py").write_text("def score(:\n")
@@ -136,7 +141,7 @@ def test_files_that_are_not_what_they_should_be(monkeypatch, capsys, tmp_path):
     assert code == 2 and "broken.py" in text and "Traceback" not in text
 
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/thesis.tex").write_text("years of work")
+    (tmp_path / "full/thesis.tex").write_text("years of work", encoding="utf-8")
     code, text = run(monkeypatch, capsys, "--out", "full")
     assert code == 2 and "full" in text and (tmp_path / "full/thesis.tex").read_text(encoding="utf-8") == "years of work"
     code, text = run(monkeypatch, capsys, "--out", "mine.py")
