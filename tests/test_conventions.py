@@ -6,7 +6,6 @@ Beside them stand closed forms, for what the published code does not do or does 
 """
 import hashlib
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import r2d3
+from r2d3 import Gaussians, Render, seeded
+from support import published, scorers
 
-import r2d3  # noqa: E402
-from support import published, scorers  # noqa: E402
-from r2d3 import Gaussians, Render, seeded  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 VIEWS = torch.tensor([0.0, 90.0, 180.0, 270.0])
 FOCAL = 43.95963871127396  # pixels of 32: a field of view of 40 degrees, with which data/dnc was recorded
