@@ -1480,10 +1480,11 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
 
 def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSchedule]:
     """The base, with the LoRA of `config.run` on it if that is set."""
+    lora = run.find_lora(config.run) if config.run else None    # is it there? asked before anything is fetched
     base = base or load_base(config, config.device)
-    if config.run:
+    if lora:
         run.warn_if_changed(config.run, base, config.reward)
-        base.net = load_lora(base.net, run.find_lora(config.run)).to(base.device).eval()
+        base.net = load_lora(base.net, lora).to(base.device).eval()
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     return config, base, base.schedule(config.sampler, config.steps)
 
@@ -1491,8 +1492,7 @@ def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSc
 @torch.no_grad()
 def sample(config: Config, base: Base | None = None) -> list[Path]:
     """Make objects: for each a .ply, an .html to turn it, a .png of four views, a .gif; and samples.json. An
-    object depends on seed, prompt and its number among the prompt's samples, not on the other prompts.
-    """
+    object depends on seed, prompt and its number among the prompt's samples, not on the other prompts."""
     from tqdm import tqdm
     if not config.prompts:
         raise UserError("sample needs --prompts, a text file or a prompt; try --prompts \"a red cube\"")

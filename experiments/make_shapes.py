@@ -344,7 +344,11 @@ def camera_quaternions() -> Tensor:
             q.append(torch.cat([real[None], axis / (4 * real)]))
         else:                                                       # half a turn: R = 2 a a^T - 1
             values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-            q.append(torch.cat([torch.zeros(1), vectors[:, values.argmax()]]))
+            axis = vectors[:, values.argmax()]
+            # q and -q are the same rotation, but not the same numbers to an autoencoder, and the sign of an eigenvector is
+            # whatever the machine's LAPACK gives. So it is set: y is positive, or x where y is zero.
+            positive = axis[1] if axis[1].abs() > 1e-4 else axis[0]
+            q.append(torch.cat([torch.zeros(1), axis * positive.sign()]))
     return torch.stack(q)
 
 
