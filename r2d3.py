@@ -1480,10 +1480,10 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
 
 def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSchedule]:
     """The base, with the LoRA of `config.run` on it if that is set."""
-    base = base or load_base(config, config.device)
-    if config.run:
+    lora, base = config.run and run.find_lora(config.run), base or load_base(config, config.device)
+    if lora:
         run.warn_if_changed(config.run, base, config.reward)
-        base.net = load_lora(base.net, run.find_lora(config.run)).to(base.device).eval()
+        base.net = load_lora(base.net, lora).to(base.device).eval()
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     return config, base, base.schedule(config.sampler, config.steps)
 

@@ -6,7 +6,6 @@ Beside them stand closed forms, for what the published code does not do or does 
 """
 import hashlib
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
 from support import published, scorers  # noqa: E402
