@@ -9,7 +9,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import support  # noqa: E402, F401      it hides the Hugging Face package `kernels`, before a test imports transformers
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes longest; leave them out with -m \"not slow\"")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,6 @@ text is encoded once, and whatever is wrong with a folder is one sentence. Tiny,
 """
 import json
 import shutil
-import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
 from support import published, scorers  # noqa: E402

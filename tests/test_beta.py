@@ -5,16 +5,12 @@ average is written down and pushed through the sampler. A tilt by beta moves the
 beta times the variance; the variance is that of the untuned chain, which a sampler of few steps makes smaller than
 the prior's. `share` is what the chain moves, divided by that.
 """
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
 

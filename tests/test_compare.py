@@ -1,13 +1,11 @@
 """experiments/compare.py: trials go on where they stopped, tables say what the rows say, and the README says what the tables say."""
 import fcntl
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare  # noqa: E402
 

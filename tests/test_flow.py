@@ -4,7 +4,6 @@ and DiffSplat on SD3.5 against recordings of the published code. Tiny, on the CP
 import copy
 import gc
 import json
-import sys
 import weakref
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
 from r2d3 import Cond, NoiseSchedule, UserError, seeded  # noqa: E402

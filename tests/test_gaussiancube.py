@@ -3,7 +3,6 @@ whole job at tiny size, and one sentence for whatever is wrong with a folder. On
 """
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from test_bases import close, weights, write_text_encoder  # noqa: E402
 

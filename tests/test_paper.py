@@ -3,8 +3,6 @@ says, beside the paper's own numbers. Tiny random networks stand for the publish
 """
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import r2d3  # noqa: E402
 from support import UserError, metrics  # noqa: E402

@@ -8,7 +8,6 @@ rounded up to a tile; ours see it up to where its alpha falls below 1/255. And t
 a pixel's corner, ours to its middle. So the pictures are compared by a share of their pixels, and then once
 more exactly: these two habits around our own projection give the recorded pictures and gradients to rounding.
 """
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from kernels import rasterize, splat  # noqa: E402
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import r2d3  # noqa: E402
 from support import scorers  # noqa: E402

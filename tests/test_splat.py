@@ -1,12 +1,9 @@
 """kernels.rasterize against a dense float64 formula (every output, every gradient) and the recorded RaDe-GS vectors."""
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from kernels import Render, rasterize  # noqa: E402
 

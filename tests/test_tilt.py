@@ -1,13 +1,9 @@
 """The exact tilt: importance weights of the base's samples, against Gaussians whose tilt is known."""
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
 
 import tilt  # noqa: E402
 
