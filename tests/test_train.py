@@ -166,7 +166,7 @@ def test_fewer_test_prompts(prompt_files, tmp_path):
     _, config = r2d3.parse(["evaluate", "--run", str(out)])
     assert config.eval_prompts is None and config.seed == 0 and config.lr == 1e-3
     about = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    del about["config"]["estimator"], about["config"]["eval_prompts"]               # a run from before there was a choice
+    del about["config"]["estimator"], about["config"]["eval_prompts"]      # a run from before there was a choice
     (out / "config.json").write_text(json.dumps(about), encoding="utf-8")
     assert r2d3.run_config(str(out)).estimator is None and r2d3.run_config(str(out)).lr == 1e-3
 
@@ -248,8 +248,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(prompt_files, tmp_path):
     """A reward that is not finite is found before the work; predictions that overflow, at the update where they do."""
-    (tmp_path / "bad.py").write_text("def score(render, prompts):\n    return render.image.mean((2, 3, 4)).log() * 0 / 0\n",
-                                     encoding="utf-8")
+    own = "def score(render, prompts):\n    return render.image.mean((2, 3, 4)).log() * 0 / 0\n"
+    (tmp_path / "bad.py").write_text(own, encoding="utf-8")
     with pytest.raises(UserError, match=r"bad.py:score is not finite: \[nan, nan\] for '"):
         r2d3.train(tiny(prompt_files, tmp_path / "bad", reward=f"{tmp_path / 'bad.py'}:score"))
     with pytest.raises(UserError) as stop:
