@@ -18,19 +18,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import r2d3
+from r2d3 import Config, Gaussians, Render, seeded
+from support import run, scorers
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import r2d3  # noqa: E402
-from support import scorers  # noqa: E402
-from r2d3 import Config, Gaussians, Render, seeded  # noqa: E402
-
 PROMPTS = ["a photo of a red toy robot", "An astronaut, riding a horse; 3D render!"]  # of tests/data/hpsv2
 TINY_CLIP = {"embed_dim": 24,
              "vision_cfg": {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
-PAPER_BASE = Config(base="diffsplat-pixart")
 BASE = SimpleNamespace(tower=object(), normals=lambda images: images)
+BARE = SimpleNamespace(tower=None)     # a base without networks of its own
 
 
 def close(got, want, tolerance):
@@ -117,7 +115,7 @@ def published(monkeypatch, tmp_path):
     torch.manual_seed(0)
     clip, asked = CLIP(**TINY_CLIP), []
     torch.save({"state_dict": clip.state_dict()}, tmp_path / "checkpoint.pt")
-    (tmp_path / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(TINY_CLIP), encoding="utf-8")
     open_clip.add_model_config(tmp_path)
     create = open_clip.create_model
 
@@ -131,6 +129,7 @@ def published(monkeypatch, tmp_path):
 
     package, utils = ModuleType("hpsv2"), ModuleType("hpsv2.utils")
     utils.hps_version_map = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+    package.utils = utils
     monkeypatch.setitem(sys.modules, "hpsv2", package)
     monkeypatch.setitem(sys.modules, "hpsv2.utils", utils)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -156,16 +155,16 @@ def test_hps_that_cannot_be_fetched_says_so(published, monkeypatch):
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(r2d3.UserError, match="hps-v2.1 could not be fetched.*no route to the hub.*4 GB") as error:
-        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
+    with pytest.raises(r2d3.UserError, match="HPS v2.1.* could not be fetched.*no route to the hub.*4 GB") as error:
+        r2d3.load_reward("hps-v2.1", BASE, "cpu")
     assert "\n" not in str(error.value)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: str(published.folder / "checkpoint.pt"))
     torch.save({"state_dict": {"visual.proj": torch.zeros(1)}}, published.folder / "checkpoint.pt")
     with pytest.raises(r2d3.UserError, match="could not be fetched or read"):
-        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
+        r2d3.load_reward("hps-v2.1", BASE, "cpu")
     monkeypatch.setitem(sys.modules, "hpsv2.utils", None)       # the package is not installed
     with pytest.raises(r2d3.UserError, match="hpsv2.*pip install -r requirements.txt"):
-        r2d3.load_reward("hpsv2", BASE, "cpu", r2d3.Config(scorer="hps-v2.1"))
+        r2d3.load_reward("hps-v2.1", BASE, "cpu")
 
 
 def test_the_package_knows_the_checkpoints():
@@ -297,8 +296,8 @@ def test_marigold_saves_memory_if_asked_and_says_when_it_is_missing(estimator, m
     assert close(*gradients, 1e-4)
     monkeypatch.setattr(scorers.MarigoldNormals, "name", "nowhere/at-all")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(r2d3.UserError, match="marigold could not be fetched") as error:
-        r2d3.load_reward("normal", BASE, "cpu", r2d3.Config(scorer="marigold"))
+    with pytest.raises(r2d3.UserError, match="Marigold.* could not be fetched") as error:
+        r2d3.load_reward("marigold", BASE, "cpu")
     assert "\n" not in str(error.value)
 
 
@@ -441,13 +440,11 @@ def asked_for(monkeypatch):
     """The published scorers' loaders, which only write down what they were asked."""
     asked = []
     for kind in ("LaionAesthetic", "HPSv2", "MarigoldNormals"):
-        def pretrained(*arguments, kind=kind):
-            asked.append((kind, *arguments))
-            return lambda render, prompts=None: render.image.mean((2, 3, 4)) if hasattr(render, "image") else render
+        def pretrained(kind=kind, **arguments):
+            asked.append((kind, arguments.pop("device"), *arguments.values()))
+            return lambda render, prompts: render.image.mean((2, 3, 4))
         monkeypatch.setattr(getattr(scorers, kind), "pretrained", pretrained)
     return asked
-
-
 
 
 def test_the_base_picks_the_scorer(asked_for):
@@ -456,58 +453,39 @@ def test_the_base_picks_the_scorer(asked_for):
     assert load("hpsv2", BASE, "cpu").title == "hpsv2 (embedded scorer: image-text tower)"
     assert load("normal", BASE, "cpu").title == "normal (embedded scorer: normal estimator)"
     assert load("dnc", BASE, "cpu").title == "dnc (depth-normal consistency)" and not asked_for
-    bare = SimpleNamespace(tower=None)
-    assert load("aesthetic", bare, "cpu", PAPER_BASE).title == "aesthetic (LAION V2, CLIP ViT-L/14)"
-    assert load("hpsv2", bare, "cpu", PAPER_BASE).title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
-    assert load("normal", bare, "cpu", PAPER_BASE).title == "normal (Marigold v1-1, one step)"
-    assert load("dnc", bare, "cpu", PAPER_BASE).title == "dnc (depth-normal consistency)"
-    assert asked_for == [("LaionAesthetic", "cpu", False, False), ("HPSv2", "v2.1", "cpu", False, False),
-                       ("MarigoldNormals", "cpu", False, False)]
+    assert load("aesthetic", BARE, "cpu").title == "aesthetic (LAION V2, CLIP ViT-L/14)"
+    assert load("hpsv2", BARE, "cpu").title == "hpsv2 (HPS v2.1, CLIP ViT-H/14)"
+    assert load("normal", BARE, "cpu").title == "normal (Marigold v1-1, one step)"
+    assert load("dnc", BARE, "cpu").title == "dnc (depth-normal consistency)"
+    assert asked_for == [("LaionAesthetic", "cpu", False, False), ("HPSv2", "cpu", False, False, "v2.1"),
+                         ("MarigoldNormals", "cpu", False, False)]
 
 
-def test_options_pick_the_scorer_and_are_in_the_title(asked_for):
-    def load(reward, of=BASE, **options):
-        return r2d3.load_reward(reward, of, "cpu", Config(**options))
-
-    assert load("hpsv2", scorer="hps-v2.0").title == "hpsv2 (HPS v2.0, CLIP ViT-H/14)"
-    summed = load("aesthetic=2,normal=0.5,hpsv2", scorer="marigold", checkpoint_scorer=True, angle_mask=True)
-    assert summed.title == ("2 x aesthetic (embedded scorer: colourfulness) + 0.5 x normal (Marigold v1-1, one step, "
-                            "angle mask) + hpsv2 (embedded scorer: image-text tower)")
-    assert asked_for == [("HPSv2", "v2.0", "cpu", False, False), ("MarigoldNormals", "cpu", True, False)]
-    bare = SimpleNamespace(tower=None, normals=None)
-    colourful = load("aesthetic", bare, base="diffsplat-pixart", scorer="embedded")
-    assert colourful.title == "aesthetic (embedded scorer: colourfulness)"
-    both = load("normal", normal_gradient=True, angle_mask=True).title
-    assert both == "normal (embedded scorer: normal estimator, gradient through the estimator, angle mask)"
-    assert load("dnc", angle_mask=True).title == "dnc (depth-normal consistency, angle mask)"
-    for reward, options, words in (
-            ("dnc", {"scorer": "marigold"}, "--scorer marigold is for normal, and --reward is dnc"),
-            ("aesthetic", {"scorer": "hps-v2.1"}, "--scorer hps-v2.1 is for hpsv2"),
-            ("dnc", {"normal_gradient": True}, "--normal-gradient is for normal"),
-            ("aesthetic", {"angle_mask": True}, "--angle-mask is for normal and dnc"),
-            ("beauty", {}, "there is no reward 'beauty'")):
-        with pytest.raises(r2d3.UserError, match=re.escape(words)):
-            load(reward, **options)
-    for reward in ("hpsv2", "normal"):
-        with pytest.raises(r2d3.UserError, match=f"embedded scorer of {reward} belongs to --base shapes"):
-            load(reward, bare, base="diffsplat-pixart", scorer="embedded")
+def test_a_scorer_is_a_reward_by_name_on_any_base(asked_for):
+    for base in (BASE, BARE):
+        assert r2d3.load_reward("hps-v2.0", base, "cpu").title == "hps-v2.0 (HPS v2.0, CLIP ViT-H/14)"
+        assert r2d3.load_reward("colorfulness", base, "cpu").title == "colorfulness (colourfulness)"
+    assert asked_for == 2 * [("HPSv2", "cpu", False, False, "v2.0")]
+    asked_for.clear()
+    summed = r2d3.load_reward("aesthetic=2,marigold=0.5,hpsv2,laion", BASE, "cuda:1", checkpoint=True, untrained=True)
+    assert summed.title == (
+        "2 x aesthetic (embedded scorer: colourfulness) + 0.5 x marigold (Marigold v1-1, one step, random weights) + "
+        "hpsv2 (embedded scorer: image-text tower) + laion (LAION V2, CLIP ViT-L/14, random weights)")
+    assert asked_for == [("MarigoldNormals", "cuda:1", True, True), ("LaionAesthetic", "cuda:1", True, True)]
+    with pytest.raises(r2d3.UserError, match="there is no reward 'beauty'; there are aesthetic.*colorfulness.*marigold"):
+        r2d3.load_reward("beauty", BASE, "cpu")
 
 
-def test_options_reach_the_reward(monkeypatch):
-    """--normal-gradient and --angle-mask of the command line change what load_reward's function does."""
-    got, truth = sphere()
-    ours = truth * torch.tensor([1, -1, -1]).view(3, 1, 1)
-    base = SimpleNamespace(tower=object(), normals=lambda images: ours + 0 * images)
+def test_marigold_becomes_a_reward(estimator):
+    """By its name, as `normal` of a base that has no estimator: the agreement of rendered normals with its own."""
+    got, _ = sphere()
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    scores = []
-    for arguments in ([], ["--normal-gradient"], ["--angle-mask"]):
-        _, config = r2d3.parse(["--reward", "normal", *arguments])
-        scores.append(r2d3.load_reward(config.reward, base, "cpu", config)(got, [""]))
-    through = [torch.autograd.grad(score.sum(), got.image, allow_unused=True)[0] for score in scores[:2]]
-    assert through[0] is None and through[1] is not None
-    assert torch.equal(scores[0], scores[1]) and not torch.allclose(scores[0], scores[2])
-    dnc = [r2d3.load_reward("dnc", base, "cpu", Config(angle_mask=on))(got, [""]) for on in (False, True)]
-    assert not torch.allclose(*dnc)
+    want = r2d3.normal_agreement(estimator)(got, [""])
+    for name, base in (("marigold", BASE), ("normal", BARE)):
+        score = r2d3.load_reward(name, base, "cpu")(got, [""])
+        assert close(score, want, 1e-5)
+        picture, normal = torch.autograd.grad(score.sum(), (got.image, got.normal), allow_unused=True)
+        assert picture is None and normal.abs().max() > 0       # the estimate is detached
 
 
 def test_running_out_of_memory_in_a_scorer_is_not_called_its_failure(monkeypatch):
@@ -524,24 +502,32 @@ def test_running_out_of_memory_in_a_scorer_is_not_called_its_failure(monkeypatch
 
 @pytest.fixture(scope="module")
 def shapes():
-    base = r2d3.load_base(Config(), "cpu")
-    return base, base.encode([""]), r2d3.NoiseSchedule.from_diffusers("dpm", 3)
+    return r2d3.load_base(Config(), "cpu")
+
+
+def judge_of(base, reward, config):
+    return r2d3.make_judge(base, reward, views=config.views, view_size=config.view_size,
+                           elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
 
 
 @pytest.fixture
 def setting(shapes, tmp_path):
-    """12 prompts, a run of three chunks of them, and what every chunk scores, by rollout and judge."""
-    base, null, schedule = shapes
-    prompts = (ROOT / "prompts/shapes_train.txt").read_text().splitlines()[:12]
-    config = Config(out=str(tmp_path), steps=3, views=1, view_size=16, guidance=2.0, eval_batch=5,
+    """12 prompts, a job that scores them in three parts, what the base is, and what each scores, by rollout and judge."""
+    prompts = (ROOT / "prompts/shapes_train.txt").read_text(encoding="utf-8").splitlines()[:12]
+    config = Config(out=str(tmp_path), sampler="dpm", steps=3, views=1, view_size=16, guidance=2.0, eval_batch=5,
                     min_quantile=0.25, seed=3)
-    reward = r2d3.load_reward("aesthetic", base, "cpu", config)
-    scores = {}
-    for n in (0, 5, 10):
-        part, generator = prompts[n:n + 5], seeded(n)
-        x0 = r2d3.rollout(base, schedule, base.encode(part), null, 2.0, generator).x[:, -1]
-        scores |= zip(part, r2d3.judge(base, reward, x0, part, config, generator)[0].tolist())
-    return base, reward, schedule, prompts, null, config, scores
+    judge = judge_of(shapes, r2d3.load_reward("aesthetic", shapes, "cpu"), config)
+    job = r2d3.Job(shapes, judge, shapes.schedule("dpm", 3), shapes.encode([""]), config)
+    generators = [seeded("filter", prompt) for prompt in prompts]
+    with torch.no_grad():                                       # all at once: a prompt's score is its own
+        x0 = r2d3.rollout(shapes, job.schedule, shapes.encode(prompts), job.null, 2.0, generators).x[:, -1]
+        scores = dict(zip(prompts, judge(x0, prompts, generators)[0].tolist()))
+    return job, prompts, run.identify(shapes, config.reward), scores
+
+
+def without_lowest(prompts, scores):
+    lowest = set(sorted(prompts, key=scores.get)[:3])
+    return [prompt for prompt in prompts if prompt not in lowest]
 
 
 def scores_file():
@@ -550,89 +536,98 @@ def scores_file():
 
 
 def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypatch):
-    base, reward, schedule, prompts, null, config, scores = setting
-    left_out = set(sorted(prompts, key=scores.get)[:3])
-    want = [prompt for prompt in prompts if prompt not in left_out]
+    job, prompts, identity, scores = setting
+    want = without_lowest(prompts, scores)
     twice = [prompts[0]] * 3 + prompts + [prompts[7]]
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == want and len(want) == 9
-    assert json.loads(scores_file().read_text()) == pytest.approx(scores)
-    again = [p for p in twice if p not in left_out]             # a prompt that is there twice counts once
-    assert r2d3.filter_prompts(base, reward, schedule, twice, null, config) == again
+    assert r2d3.filter_prompts(job, prompts, identity) == want and len(want) == 9
+    assert json.loads(scores_file().read_text(encoding="utf-8")) == pytest.approx(scores, abs=1e-5)
+    again = [prompt for prompt in twice if prompt in want]      # a prompt that is there twice counts once
+    assert r2d3.filter_prompts(job, twice, identity) == again
 
-    def untouchable(*arguments):
+    def untouchable(*arguments, **more):
         raise AssertionError("scored again")
 
-    r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
     monkeypatch.setattr(r2d3, "rollout", untouchable)
-    later = dataclasses.replace(config, resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1)
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, later) == want
+
+    def filtered(named=prompts, identity=identity, **changes):
+        return r2d3.filter_prompts(job._replace(config=dataclasses.replace(job.config, **changes)), named, identity)
+
+    assert filtered() == want
+    assert filtered(resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1) == want
     other = [prompts[0], "a red cube", *prompts[2:]]            # a file that has changed
-    for changed, named in ((dataclasses.replace(config, views=2), prompts), (config, other),
-                           (dataclasses.replace(config, reward="dnc"), prompts)):
+    for changed in ({"views": 2}, {"reward": "dnc"}, {"named": other}, {"identity": identity | {"weights": "others"}}):
         with pytest.raises(AssertionError, match="scored again"):   # scores of something else
-            r2d3.filter_prompts(base, reward, schedule, named, null, changed)
-    off = dataclasses.replace(config, min_quantile=0.0, out=str(Path(config.out, "off")))
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, off) == prompts
-    assert not Path(off.out).exists()
+            filtered(**changed)
+    assert filtered(min_quantile=0.0, views=2) == prompts       # nothing to leave out, nothing is asked
 
 
-def test_an_interrupted_pass_goes_on(setting, monkeypatch):
-    base, reward, schedule, prompts, null, config, scores = setting
-    judge, calls = r2d3.judge, []
+def test_an_interrupted_pass_goes_on(setting):
+    job, prompts, identity, scores = setting
+    calls = []
 
-    def unplugged(*arguments):
-        calls.append(arguments[3])
+    def unplugged(x0, part, generators):
+        calls.append(part)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return judge(*arguments)
+        return job.judge(x0, part, generators)
 
-    monkeypatch.setattr(r2d3, "judge", unplugged)
+    pulled = job._replace(judge=unplugged)
     with pytest.raises(KeyboardInterrupt):
-        r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
-    got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
+        r2d3.filter_prompts(pulled, prompts, identity)
+    got = r2d3.filter_prompts(pulled, prompts, identity)
     assert calls == [prompts[:5], prompts[5:10], prompts[5:10], prompts[10:]]
-    assert got == [p for p in prompts if p not in set(sorted(prompts, key=scores.get)[:3])]
-    scores_file().write_text("{ half a fi")
-    assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config) == got
+    assert got == without_lowest(prompts, scores)
+    scores_file().write_text("{ half a fi", encoding="utf-8")
+    assert r2d3.filter_prompts(job, prompts, identity) == got
 
 
 def test_a_changed_reward_scores_again(setting, tmp_path):
-    base, _, schedule, prompts, null, config, _ = setting
+    job, prompts, _, _ = setting
     mine = tmp_path / "mine.py"
     for sign in "+-":
-        mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n")
-        config = dataclasses.replace(config, reward=f"dnc=0.1,{mine}:score=2")
-        reward = r2d3.load_reward(config.reward, base, "cpu", config)
-        assert r2d3.filter_prompts(base, reward, schedule, prompts, null, config)
+        mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n", encoding="utf-8")
+        config = dataclasses.replace(job.config, reward=f"dnc=0.1,{mine}:score=2")
+        judge = judge_of(job.base, r2d3.load_reward(config.reward, job.base, "cpu"), config)
+        assert r2d3.filter_prompts(job._replace(judge=judge, config=config), prompts, run.identify(job.base, config.reward))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())) == 2
 
 
 def test_processes_share_the_work(setting, monkeypatch):
-    """Two processes, one after the other: each scores its chunks, and both get the list of a single one."""
-    base, reward, schedule, prompts, null, config, scores = setting
-    shares = []
+    """Two processes, one after the other: each scores every other prompt, and both get the list of a single one."""
+    job, prompts, identity, scores = setting
+    parts = [prompts[:10], prompts[10:]]                        # a batch of 5 for each of the two
+    monkeypatch.setitem(run.GROUPS, run.WAIT, None)
     for rank in range(2):
-        def gather(everyone, mine):
-            shares.append(dict(mine))
-            everyone[:] = [{p: s for p, s in scores.items() if p not in mine}, mine]
+        shares = []
+
+        def gather(everyone, mine, group, rank=rank, shares=shares):
+            shares.append(mine)                                 # the first time what is on disk: nothing
+            theirs = parts[len(shares) - 2][1 - rank::2] if shares[1:] else ()
+            everyone[rank], everyone[1 - rank] = mine, {prompt: scores[prompt] for prompt in theirs}
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        got = r2d3.filter_prompts(base, reward, schedule, prompts, null, config, rank, 2)
-        assert got == [p for p in prompts if p not in set(sorted(prompts, key=scores.get)[:3])]
-    assert [list(share) for share in shares] == [prompts[:5] + prompts[10:], prompts[5:10]]
-    assert {**shares[0], **shares[1]} == pytest.approx(scores)
+        got = r2d3.filter_prompts(job._replace(rank=rank, world=2), prompts, identity)
+        assert got == without_lowest(prompts, scores)
+        assert [list(share) for share in shares] == [[], parts[0][rank::2], parts[1][rank::2]]
+        for share in shares:
+            assert share == pytest.approx({prompt: scores[prompt] for prompt in share}, abs=1e-5)
+        if rank == 0:                                           # only the first one writes
+            scores_file().unlink()
+    assert not list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())
 
 
-def test_a_score_that_is_not_a_number_is_the_lowest(setting):
-    base, _, schedule, prompts, null, config, _ = setting
+def test_a_score_that_is_not_a_number_is_the_lowest(setting, capsys):
+    job, prompts, identity, _ = setting
 
     def broken(render, named):
         rows = [math.nan if prompt in (prompts[1], prompts[8], prompts[11]) else 0.5 for prompt in named]
         return torch.tensor(rows)[:, None]
 
+    job = job._replace(judge=judge_of(job.base, broken, job.config))
     for _ in range(2):                                          # the second time from the file
-        got = r2d3.filter_prompts(base, broken, schedule, prompts, null, config)
+        got = r2d3.filter_prompts(job, prompts, identity)
         assert got == [p for n, p in enumerate(prompts) if n not in (1, 8, 11)]
+        assert "3 of 12 prompts got no finite score" in capsys.readouterr().err
 
 
 def test_geometry_rewards_filter_by_default():
@@ -652,7 +647,7 @@ def test_geometry_rewards_filter_by_default():
 def test_a_long_list_loads_fast(tmp_path):
     """As long as G-Objaverse's, 83,296 lines; measured 0.03 s."""
     lines = [f"a wooden chair number {n} with brass fittings and a cushion" for n in range(83296)]
-    (tmp_path / "long.txt").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "long.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     begun = time.perf_counter()
     assert r2d3.load_prompts(str(tmp_path / "long.txt")) == lines
     assert time.perf_counter() - begun < 2
@@ -693,7 +688,7 @@ def test_hpdv2_with_the_real_package(monkeypatch, tmp_path):
     """The package's own function, with the files where the hub's cache would have them."""
     hpsv2 = pytest.importorskip("hpsv2")
     for style in ("photo", "anime", "concept-art", "paintings"):
-        (tmp_path / f"{style}.json").write_text(json.dumps([f"{style} one", f"{style} two"]))
+        (tmp_path / f"{style}.json").write_text(json.dumps([f"{style} one", f"{style} two"]), encoding="utf-8")
     for module in (hpsv2, hpsv2.utils):
         monkeypatch.setattr(module, "root_path", str(tmp_path / "cache"))
         monkeypatch.setattr(module.huggingface_hub, "hf_hub_download", lambda repository, name, **where: str(
