@@ -1,13 +1,16 @@
 """What r2d3.py stands on and what is not the method. These files import kernels at most, never r2d3:
 
-    shapes.py     the embedded base: its networks and how its file is read (experiments/make_shapes.py makes it)
-    published.py  the published bases: where they are, how they are read, their text encoders
+    shapes.py        the embedded base: its networks and how its file is read (experiments/make_shapes.py makes it)
+    published.py     the published bases: where they are, how they are read, their text encoders
     gaussiancube.py  GaussianCube's 3D U-Net, which no library has, and how its files are read
-    scorers.py    the published 2D models that judge pictures
-    metrics.py    what evaluations measure
-    report.py     the page and the pictures that a run leaves
-    run.py        prompt files, reward files, LoRAs, checkpoints; how processes share work
-    cli.py        the command line, made from the Config's source
+    scorers.py       the published 2D models that judge pictures
+    metrics.py       what evaluations measure
+    report.py        the page and the pictures that a run leaves
+    export.py        .ply, .glb, merged weights, and the index of sampled objects
+    viewer.py, .js   objects that turn in a browser, without a network
+    run.py           prompt files, reward files, LoRAs, checkpoints; how processes share work
+    presets.py       the settings that nobody gives, by recipe, base, reward and method
+    cli.py           the command line, made from the Config's source
 
 This file holds what all of them share: errors that people can mend, and files that are never half written.
 """

@@ -533,7 +533,7 @@ def begin(out: Path, home: Path, about: dict, state: dict | None) -> None:
 
 def copy_source(home: Path, folder: Path, reward: str) -> None:
     """The code that a run was made with, beside its results; a reward of one's own in source/reward."""
-    for pattern in ("r2d3.py", "kernels/*.py", "support/*.py"):
+    for pattern in ("r2d3.py", "kernels/*.py", "support/*.py", "support/*.js"):
         for source in home.glob(pattern):
             write_atomic(folder / source.relative_to(home), source.read_bytes())
     for source in reward_files(reward):
