@@ -58,18 +58,6 @@ PUBLISHED = {
     # its network and files are gaussiancube.py's; the text features that it was trained with were float32
     "gaussiancube": {"text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "3 GB",
                      "text_precision": "float32"},
-    # a rectified flow; both configs are those of stabilityai's model, but for the channels and the size of a picture
-    "diffsplat-sd35": {
-        "net": "gsdiff_gobj83k_sd35m__render", "part": "transformer_ema", "vae": "gsvae_gobj265k_sd3",
-        "text": "stabilityai/stable-diffusion-3.5-medium", "length": 77 + 256, "text_dim": 4096, "pooled_dim": 2048,
-        "download": "22 GB", "betas": {"flow_shift": 3.0}, "prediction_type": "flow_prediction", "guidance": 5.0,
-        "lora_targets": [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_out"],   # also the text's
-        "vae_config": VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
-                             "use_post_quant_conv": False},
-        "net_config": {"_class_name": "SD3Transformer2DModel", "sample_size": 32, "patch_size": 2, "in_channels": 22,
-                       "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-                       "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-                       "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}},
 }
 
 
