@@ -8,7 +8,6 @@ Follows github.com/GaussianCube/GaussianCube (arXiv 2403.19655): model/unet.py, 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
