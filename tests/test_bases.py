@@ -3,6 +3,7 @@ text is encoded once, and whatever is wrong with a folder is one sentence. Tiny,
 """
 import json
 import shutil
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
