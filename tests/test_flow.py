@@ -4,6 +4,7 @@ and DiffSplat on SD3.5 against recordings of the published code. Tiny, on the CP
 import copy
 import gc
 import json
+import sys
 import weakref
 from pathlib import Path
 

@@ -3,6 +3,7 @@ whole job at tiny size, and one sentence for whatever is wrong with a folder. On
 """
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest

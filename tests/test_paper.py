@@ -3,6 +3,7 @@ says, beside the paper's own numbers. Tiny random networks stand for the publish
 """
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
