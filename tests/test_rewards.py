@@ -478,6 +478,18 @@ def test_a_scorer_has_a_name_of_its_own(asked_for):
         r2d3.load_reward("beauty", BASE, "cpu")
 
 
+def test_marigold_becomes_a_reward(estimator):
+    """By its name, and as `normal` of a base without an estimator: the agreement of rendered normals with its own."""
+    got, _ = sphere()
+    got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
+    want = r2d3.normal_agreement(estimator)(got, [""])
+    for name, base in (("marigold", BASE), ("normal", SimpleNamespace(tower=None))):
+        score = r2d3.load_reward(name, base, "cpu")(got, [""])
+        assert close(score, want, 1e-5)
+        picture, normal = torch.autograd.grad(score.sum(), (got.image, got.normal), allow_unused=True)
+        assert picture is None and normal.abs().max() > 0       # the estimate is detached
+
+
 def test_arguments_of_the_geometry_rewards():
     """`gradient` and `angle_mask` of the functions change what they say, and where the gradient goes."""
     got, truth = sphere()
