@@ -1480,7 +1480,7 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
 
 def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSchedule]:
     """The base, with the LoRA of `config.run` on it if that is set."""
-    lora = run.find_lora(config.run) if config.run else None    # is it there? asked before anything is fetched
+    lora = run.find_lora(config.run) if config.run else None    # asked for before anything is fetched
     base = base or load_base(config, config.device)
     if lora:
         run.warn_if_changed(config.run, base, config.reward)
