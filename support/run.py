@@ -422,7 +422,7 @@ def open_run(settings: dict, config_class: type, prompts: str, free: set[str], r
         raise UserError(f"--out {out} is a file; name a folder")
     if rank == 0:
         lock(out)
-    gather(None, world)                                         # nobody looks at the folder before, or writes to it
+    gather(None, world)                                         # nobody looks at the folder before it is locked
     checkpoint = out / "checkpoint/state.pt"
     if checkpoint.is_file():
         settings, state = go_on(settings, config_class, prompts, free, checkpoint)
@@ -430,6 +430,7 @@ def open_run(settings: dict, config_class: type, prompts: str, free: set[str], r
         raise UserError(f"--resume: there is no checkpoint in {out}; leave --resume out to begin")
     elif not (out / "config.json").is_file() and foreign(out):
         raise UserError(f"{out} is not empty and holds no run; name another folder with --out")
+    gather(None, world)                                         # all have looked: from here on the folder is written to
     if rank == 0:
         check_writable(out / "lora", out / "checkpoint", out / "samples")
     gather(None, world)
