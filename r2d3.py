@@ -17,17 +17,20 @@ the prior:
         for every update, for the transitions (x_t, x_s) of its share:
             g   = gradient of the reward at x_s, through decoder and renderer           (reward_gradient)
             res = how far the score is from the base's score + beta w(s) g                   (nabla_loss)
-            descend mean |res|^2 + lambda |eps_theta - eps_old|^2 in the LoRA weights
+            descend the average of |res|^2 + lambda |eps_theta - eps_old|^2 in the LoRA weights
 
-The equations. alpha and sigma are the noise schedule, t and s the noise levels at a step's two ends, and
-h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t). eps_theta is the network with its LoRA, eps_ref the same
-network with the LoRA switched off, eps_old what eps_theta predicted during the rollout.
+The equations. alpha and sigma are the noise schedule: x_t = alpha_t x_0 + sigma_t noise. t and s are the
+noise levels at a step's two ends, and h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t). eps_theta is the
+network with its LoRA, eps_ref the same network with the LoRA switched off, eps_old what eps_theta predicted
+during the rollout; eps in E1 is any of the three. p_theta and p_ref are the Gaussian of E2 with eps_theta and
+eps_ref. The sampler, E7 and E8 use predictions under classifier-free guidance, E4 to E6 the same or their
+conditional half (--branch). lambda is --reg-weight, w(s) depends on --time-weight.
 
     x0(x_t)  = (x_t - sigma_t eps) / alpha_t                one-step estimate of the clean latent       (E1)
     mean     = (sigma_s / sigma_t) e^-h x_t + c0 x0(x_t)    a step of the sampler: x_s ~ N(mean, std^2) (E2)
     std      = sigma_s sqrt(1 - e^-2h)                      c0 = alpha_s (1 - e^-2h)                    (E3)
-    L_match  = mean | grad log p_theta(x_s|x_t) - grad log p_ref(x_s|x_t) - beta w(s) g |^2             (E4)
-    L_reg    = lambda mean | eps_theta(x_t) - eps_old |^2                                               (E5)
+    L_match  = average | grad log p_theta(x_s|x_t) - grad log p_ref(x_s|x_t) - beta w(s) g |^2          (E4)
+    L_reg    = lambda average | eps_theta(x_t) - eps_old |^2                                            (E5)
     residual = -k_t (eps_theta - eps_ref) - beta w(s) g     inside E4, where x_s and x_t cancel;        (E6)
                                                             k_t = c0 sigma_t / (alpha_t std^2)
     g        = grad_{x_s} R(x0(x_s))                        estimator "step": as published              (E7)
@@ -39,10 +42,9 @@ constant of the loss: no gradient flows through it to theta, it only moves the t
 weighted regression of eps_theta(x_t) to eps_ref(x_t) - (beta w / k) g, and `nabla_step` is the whole method.
 
 Each section below (`grep "^# [0-9]" r2d3.py` lists them) says what it needs, so that it can be lifted.
-kernels/ holds the two fused operators that dominate the run time (rasteriser and loss), support/ what is not
-the method (files, published networks, metrics, pages). To copy the loss alone, take NoiseSchedule,
-per_sample, reward_gradient, match_weights, nabla_loss, pick_transitions and kernels/matching.py; the README
-shows it on twenty lines of somebody else's code.
+kernels/ holds the two fused operators (rasteriser and loss), support/ what is not the method (files,
+published networks, metrics, pages). To copy the loss alone, take NoiseSchedule, per_sample, reward_gradient,
+match_weights, nabla_loss and kernels/matching.py; the README shows it on twenty lines of a user's own code.
 
     python r2d3.py --reward aesthetic             # minutes on two CPU cores, no weights are downloaded
     python r2d3.py sample --prompts "a red cube" --run runs/shapes-aesthetic-seed0
@@ -85,9 +87,9 @@ from support.published import join_views
 from support.run import frozen, load_lora, load_prompts, phase
 
 # Letters in shapes: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T steps of
-# the sampler, P prompts, S objects per prompt, C h w one view of the latent, H W pixels, L tokens, D
-# features. `i` is a place on the sampler's grid: step i goes from grid point i (noise level t) to grid point
-# i + 1 (level s). What the network is told of a noise level is its timestep; schedule.t(i) gives it.
+# the sampler, P prompts, S objects per prompt, C h w one view of the latent (h in E2 and E3 is another), H W
+# pixels, L tokens, D features, G the side of a grid. `i` is a point on the sampler's grid: step i goes from i
+# (noise level t) to i + 1 (level s). The network is told a noise level's timestep, schedule.t(i).
 
 HERE = Path(__file__).resolve().parent
 
@@ -154,8 +156,8 @@ class Config:
     #   DRaFT-LV, the last step with several noises
     # [train cost] The loss of nabla-R2D3
     beta: float | str | None = None  # the dial: strength of the reward against the prior; about 1e3 for
-    #   shapes, 1e6 to 1e7 for the paper's bases. In the base's own units, 2sd aims two standard deviations of
-    #   the reward higher, as it spreads within a prompt
+    #   shapes, 1e6 to 1e7 for the paper's bases. Or relative: 2sd aims two standard deviations of the reward
+    #   higher, as it spreads within a prompt
     reg_weight: float | None = None  # lambda: penalty on moving away from what the epoch's rollout predicted
     estimator: Literal["step", "sample", "identity"] | None = None  # of the reward gradient. step: the reward
     #   is asked at every trained step (as published); sample: once per object, and pulled back through the
@@ -172,7 +174,7 @@ class Config:
     skip_below: float | None = None  # do without a reward gradient at noise levels where it would move the
     #   target by less than this share of the largest level's; saves passes of the network
     min_quantile: float | None = None  # leave out this share of the training prompts: those that the
-    #   untouched base scores worst on
+    #   untouched base does worst on
     # [train] The run
     epochs: int | None = None  # rounds of sampling and updating
     resume: bool = False  # go on from the last checkpoint in --out; with more --epochs, train longer
@@ -304,12 +306,12 @@ def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
 
 # -----------------------------------------------------------------------------------------------------------
 # 4. Gaussians
-# Needs: kernels' Render and rasterize. save_ply is in support/export.py.
+# Needs: kernels' Render and rasterize, support's say_not_finite. save_ply is write_ply of support/export.py.
 # -----------------------------------------------------------------------------------------------------------
 
 
 class Gaussians(NamedTuple):
-    """Splats in world space, activated: scales are standard deviations, opacities and colours in [0, 1]."""
+    """Splats in world space, activated: scales are standard deviations, opacities in [0, 1], colours >= 0."""
 
     means: Tensor      # (B, N, 3)
     scales: Tensor     # (B, N, 3)
@@ -347,7 +349,7 @@ def splat_grid_to_gaussians(grid: Tensor, c2w: Tensor, fxfycxcy: Tensor,
 def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backend: str | None = None,
            dilation: float = 0.0) -> Render:
     """Square pictures of every object from its V cameras, on white: a Render with image (B, V, 3, size, size)
-    in [0, 1]; alpha, depth and median_depth (B, V, 1, size, size); normal (B, V, 3, size, size) in camera
+    at least 0; alpha, depth and median_depth (B, V, 1, size, size); normal (B, V, 3, size, size) in camera
     space. Splats are widened on the screen by the variance `dilation`, in squared sides of the picture.
     """
     g = gaussians
@@ -359,7 +361,7 @@ def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int, backe
 # -----------------------------------------------------------------------------------------------------------
 # 5. NoiseSchedule
 # Every step of the sampler is one Gaussian transition; this class is all that the method knows of diffusion.
-# Needs: torch; from_diffusers also diffusers, whose schedulers give timesteps and noise levels.
+# Needs: torch, UserError; from_diffusers also diffusers, whose schedulers give timesteps and noise levels.
 #     x_t = alpha_t x0 + sigma_t eps,   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
 # A rectified flow is the case alpha = 1 - sigma, whose network predicts v = eps - x0.
 # -----------------------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ class NoiseSchedule:
 
     def k(self, i: int | Tensor) -> Tensor:
         """How the score of step i depends on the prediction: score = const - k prediction (E6)."""
-        k_v = self.sigma[i] * self.alpha[i + 1] / self.sigma[i + 1] ** 2        # where c_0 / std^2 cancels
+        k_v = self.sigma[i] * self.alpha[i + 1] / self.sigma[i + 1] ** 2   # c_0 / std^2 = alpha_s / sigma_s^2
         return k_v if self.prediction == "v" else k_v / self.alpha[i]
 
 
@@ -457,8 +459,8 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------------------------------------
 # 6. Bases
 # A base is a frozen 3D diffusion model. `Base` says what it must offer. `shapes` is DiffSplat with small
-# weights. Needs: sections 3, 4 and 5; load_base also Config and support/, which reads the networks
-# (diffusers' own, but for GaussianCube's); add_lora needs peft.
+# weights. Needs: sections 3, 4 and 5, support's join_views and SH_C0; load_base also Config and support/,
+# which reads the networks (diffusers' own, but for GaussianCube's); add_lora needs peft.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +469,7 @@ class Cond(NamedTuple):
 
     embeds: Tensor                  # (B, L, D)
     mask: Tensor | None             # (B, L) true where there is a word
-    pooled: Tensor | None = None    # (B, P) one vector for the whole prompt
+    pooled: Tensor | None = None    # (B, D) one vector for the whole prompt
 
     def map(self, function: Callable, *others: Cond) -> Cond:                       # of every field there is
         return Cond(*(None if fields[0] is None else function(*fields) for fields in zip(self, *others)))
@@ -479,8 +481,8 @@ class Cond(NamedTuple):
 class Base(Protocol):
     """What a 3D diffusion model must offer.
 
-    Subclass it: set net, lora_targets and latent_shape, and override encode, predict and decode; the rest may
-    stay as it is here. The LoRA goes onto `net` and stays there, so every training wants a fresh base.
+    A protocol with defaults, so subclass it: set net, lora_targets and latent_shape, override encode, predict
+    and decode; the rest is inherited. The LoRA stays on `net`, so every training wants a fresh base.
     """
 
     net: nn.Module                      # the frozen denoiser: the module that the LoRA goes on
@@ -493,8 +495,8 @@ class Base(Protocol):
     radius: float = RADIUS              # their distance from the origin, about which objects are centred
     dilation: float = 0.0               # of its splats in pictures, see `render`
     eval_size: int = 128                # side in pixels of the pictures of an evaluation
-    tower: nn.Module | None = None      # its own image-text network (like CLIP) and normal estimator, where
-    normals: nn.Module | None = None    # the published ones would not fit its pictures
+    tower: nn.Module | None = None      # its own image-text network, where CLIP would not fit its pictures
+    normals: nn.Module | None = None    # its own normal estimator, where Marigold would not fit them
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Cond:
@@ -502,7 +504,7 @@ class Base(Protocol):
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The noise in x (B, *latent_shape) at timesteps t (B,), on the CPU; or v, if `schedule` says so."""
+        """Noise in x (B, *latent_shape), like x; or v if `schedule` says so. Timesteps t (B,) on the CPU."""
 
     @abstractmethod
     def decode(self, x0: Tensor) -> Gaussians:
@@ -597,9 +599,9 @@ class DiffSplat(Base):
 
 
 class GaussianCube(Base):
-    """GaussianCube (arXiv 2403.19655): a grid of D^3 Gaussians, denoised by a 3D U-Net that predicts x0.
+    """GaussianCube (arXiv 2403.19655): a grid of G^3 Gaussians, denoised by a 3D U-Net that predicts x0.
 
-    Channels of a latent (14, D, D, D), standardised per voxel by `mean` and `std`: offset from the voxel's
+    Channels of a latent (14, G, G, G), standardised per voxel by `mean` and `std`: offset from the voxel's
     centre, colour (spherical harmonic of degree 0), opacity, scales, quaternion wxyz; z is up there.
     """
 
@@ -617,7 +619,7 @@ class GaussianCube(Base):
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.text, self.mean, self.std = text, mean.to(self.device), std.to(self.device)
         self.latent_shape, axis = tuple(mean.shape), torch.linspace(-0.5, 0.5, mean.shape[-1])
-        self.grid = torch.cartesian_prod(axis, axis, axis).to(self.device)                  # (D^3, 3)
+        self.grid = torch.cartesian_prod(axis, axis, axis).to(self.device)                  # (G^3, 3)
         from diffusers import DDIMScheduler
         squared = DDIMScheduler(**self.betas).alphas_cumprod.double()   # sigma of t = 0 would lose digits
         self.alpha_by_t, self.sigma_by_t = squared.sqrt(), (1 - squared).sqrt()             # (1000,)
@@ -632,18 +634,18 @@ class GaussianCube(Base):
         self.text.prepare(prompts)
 
     def schedule(self, sampler: str, steps: int) -> NoiseSchedule:
-        """Starts where log(alpha / sigma) is -5.1, as published: above, x0 says next to nothing of eps."""
+        """dpm starts at log(alpha / sigma) = -5.1, as published: below it, x0 says next to nothing of eps."""
         cut = {"lambda_min_clipped": -5.1} if sampler == "dpm" else {}
         return NoiseSchedule.from_diffusers(sampler, steps, **self.betas, **cut)
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Noise in x (B, 14, D, D, D) at timesteps t (B,); the other half of the output is a variance."""
+        """Noise in x (B, 14, G, G, G) at timesteps t (B,); the other half of the output is a variance."""
         x0 = self.net(x, t.to(self.device), cond.embeds.to(self.device))[:, :x.shape[1]]
         alpha, sigma = (per_sample(table[t.cpu()], x) for table in (self.alpha_by_t, self.sigma_by_t))
         return (x - alpha * x0) / sigma
 
     def decode(self, x0: Tensor) -> Gaussians:
-        """Clean latents (B, 14, D, D, D) -> D^3 splats, y up, differentiable."""
+        """Clean latents (B, 14, G, G, G) -> G^3 splats, y up, differentiable."""
         values = (x0 * self.std + self.mean).flatten(2).mT
         offset, color, opacity, scales, quats = values.split([3, 3, 1, 3, 4], -1)
         x, y, z = (self.size * (self.grid + offset)).unbind(-1)
@@ -698,7 +700,7 @@ def add_lora(net: nn.Module, targets: list[str], rank: int, seed: int) -> nn.Mod
 
 # -----------------------------------------------------------------------------------------------------------
 # 7. Rewards
-# A reward is a function of pictures and prompts: reward(render, prompts) -> score (B, V), differentiable with
+# A reward is a function of pictures and prompts: reward(render, prompts) -> value (B, V), differentiable with
 # respect to the render. Its gradient is all that the method sees of it.
 # Needs: section 3 and kernels.Render; load_reward also Base and support/, where the published scorers are.
 # -----------------------------------------------------------------------------------------------------------
@@ -709,7 +711,7 @@ Reward = Callable[[Render, list[str]], Tensor]
 def colorfulness(render: Render, prompts: list[str]) -> Tensor:
     """How colourful the object is: Hasler and Suesstrunk (2003), sigma_rgyb + 0.3 mu_rgyb, colours in [0, 1].
 
-    Taken over the object (weights: alpha, detached), not the picture: else an object could score by growing.
+    Taken over the object (weights: alpha, detached), not the picture: else an object could gain by growing.
     """
     weight = render.alpha[:, :, 0].detach()  # (B, V, H, W)
     weight = weight / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
@@ -759,10 +761,10 @@ def depth_normal_consistency(render: Render, prompts: list[str], angle_mask: boo
 
 def tower_agreement(tower: shapes.ImageTextTower) -> Reward:
     """Embedded stand-in for HPSv2: the cosine of picture and prompt in the base's own image-text tower."""
-    def score(render: Render, prompts: list[str]) -> Tensor:
+    def reward(render: Render, prompts: list[str]) -> Tensor:
         pictures = tower.image(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])  # (B, V, D)
         return (pictures * tower.text(prompts)[:, None]).sum(-1)
-    return score
+    return reward
 
 
 def normal_agreement(estimator: nn.Module, gradient: bool = False, angle_mask: bool = False) -> Reward:
@@ -770,11 +772,11 @@ def normal_agreement(estimator: nn.Module, gradient: bool = False, angle_mask: b
 
     The estimate is detached, as in the paper's setting; with `gradient` the picture learns from it too.
     """
-    def score(render: Render, prompts: list[str]) -> Tensor:
+    def reward(render: Render, prompts: list[str]) -> Tensor:
         with contextlib.nullcontext() if gradient else torch.no_grad():
             estimate = estimator(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])
         return mean_cosine(render.normal, estimate, (render.alpha > 0.5)[:, :, 0], angle_mask)
-    return score
+    return reward
 
 
 def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: bool = False,
@@ -860,7 +862,7 @@ def seeded(*numbers: int | str) -> torch.Generator:
 
 
 def noise_like(x: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Standard normal noise of the shape of x (B, ...), where it is; row b comes from generators[b]."""
+    """Standard normal noise of the shape of x (B, ...), on its device; row b comes from generators[b]."""
     return torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators]).to(x)
 
 
@@ -868,7 +870,7 @@ def noise_like(x: Tensor, generators: list[torch.Generator]) -> Tensor:
 def rollout(base: Base, schedule: NoiseSchedule, cond: Cond, null: Cond, guidance: float,
             generators: list[torch.Generator], progress: Callable = iter, keep: bool = True
             ) -> Trajectory | Tensor:
-    """Sample one object per row of `cond`, with a CPU generator each.
+    """Sample one object per row of `cond`, with a CPU generator each. `progress` wraps the range of steps.
 
     Returns all that the loss needs, or without `keep`, for a fraction of the memory, the samples alone.
     """
@@ -906,12 +908,12 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 
 # -----------------------------------------------------------------------------------------------------------
 # 9. The loss
-# Residual nabla-DB: detailed balance, as in GFlowNets, of gradients; of its terms the forward one alone,
-# which is what the paper uses (Nabla-R2D3, arXiv 2506.15684; nabla-GFlowNet, arXiv 2412.07775).
+# Residual nabla-DB: GFlowNets' detailed balance, on gradients of log-probabilities; only its forward term, as
+# in the paper (Nabla-R2D3, arXiv 2506.15684; nabla-GFlowNet, arXiv 2412.07775).
 #     code        symbol                                      code          symbol
 #     eps_*       eps_theta, the network with its LoRA        g             reward gradient at x_s (E7 or E8)
-#     ref_*       eps_ref, the LoRA switched off              k             how the score depends on eps (E6)
-#     eps_old     what the rollout predicted at x_t           weight        beta w(s)
+#     ref_*       eps_ref, the LoRA switched off              k, weight     E6's k, and beta w(s)
+#     eps_old     what the rollout predicted at x_t           c, pull       both times c / k (match_weights)
 # Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6).
 # Needs: up to nabla_loss section 5 and kernels.gradient_matching, for the closures `predict` and `value` hide
 # base and reward. From make_judge on sections 2 to 8, and from support.run `frozen` (no gradients of weights)
@@ -923,23 +925,22 @@ def reward_gradient(predict: Callable[[Tensor, Tensor], Tensor], value: Callable
                     schedule: NoiseSchedule, x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """g (M, *latent), the gradient of value(x0(x_s)) with respect to x_s, and those values (M,), detached.
 
-    x_s (M, *latent) lies at grid points s (M,). predict(x, t) is the sampler's prediction with the current
-    weights: the gradient goes through it. value(x0) (M,) is the reward (E7), or < x0, u > (E8).
+    x_s (M, *latent) lies at grid points s = i + 1 (M,), on the CPU. predict(x, t) is the sampler's prediction
+    with the current weights: g is taken through it. value(x0) (M,) is the reward (E7), or < x0, u > (E8).
     """
     x_s = x_s.detach().requires_grad_()
-    score = value(schedule.x0(x_s, predict(x_s, schedule.t(s)), s))                             # (E1) at s
-    g, = torch.autograd.grad(score.sum(), x_s)                                                  # (E7, E8)
-    return g, score.detach()
+    values = value(schedule.x0(x_s, predict(x_s, schedule.t(s)), s))                            # (E1) at s
+    g, = torch.autograd.grad(values.sum(), x_s)                                                 # (E7, E8)
+    return g, values.detach()
 
 
 def match_weights(schedule: NoiseSchedule, i: Tensor, *, beta: float, matching: str,
                   time_weight: str) -> tuple[Tensor, Tensor]:
-    """The k and the weight beta w(s) with which nabla_loss takes the residual (E6) at steps i (M,).
+    """k and the weight beta w(s) of the residual (E6) at steps i (M,), on the CPU; both (M,), times c / k.
 
-    Both are multiplied by c / k. That changes how much a noise level counts in the loss, not where the
-    residual is zero. `matching` names c: "score" is E4 as published (c = k), "kl" the Kullback-Leibler
-    divergence of the two steps (c = k std), "eps" and "v" compare the predictions, where a change of v is one
-    of eps divided by alpha_t.
+    The factor changes how much a noise level counts in the loss, not where the residual is zero. `matching`
+    names c: "score" is E4 as published (c = k), "kl" the Kullback-Leibler divergence of the two steps
+    (c = k std), "eps" and "v" compare the predictions, where a change of v is one of eps divided by alpha_t.
     """
     k, alpha_t, alpha_s = schedule.k(i), schedule.alpha[i], schedule.alpha[i + 1]
     weight = beta * alpha_s ** {"squared": 2, "linear": 1, "none": 0}[time_weight]
@@ -956,16 +957,16 @@ def nabla_loss(predict: Callable, predict_ref: Callable, schedule: NoiseSchedule
     """match (E4) and reg (E5, without lambda), both (M,), differentiable in the weights behind `predict`.
 
     predict(x, t) returns the two halves of classifier-free guidance (the first None where guidance is 1) with
-    the LoRA, predict_ref the same without it. x_t, eps_old, g are (M, *latent), i (M,) step numbers on the
-    CPU.
+    the LoRA, predict_ref the same without it. x_t, g and eps_old, the rollout's of the same branch, are
+    (M, *latent), i (M,) step numbers on the CPU.
     """
     t = schedule.t(i)
     with torch.no_grad():
         ref_uncond, ref_text = predict_ref(x_t, t)
     eps_uncond, eps_text = predict(x_t, t)
-    k, weight = match_weights(schedule, i, beta=beta, matching=matching, time_weight=time_weight)
+    c, pull = match_weights(schedule, i, beta=beta, matching=matching, time_weight=time_weight)
     return gradient_matching(eps_uncond, eps_text, ref_uncond, ref_text, eps_old, g, guidance,
-                             k.to(g), weight.to(g), backend=backend)
+                             c.to(g), pull.to(g), backend=backend)
 
 
 # The same with a base and a reward in place of the closures, as the training below uses it.
@@ -996,7 +997,7 @@ class Transitions(NamedTuple):
     i: Tensor                   # (M,) step numbers, on the CPU: step i goes from grid point i to i + 1
     x_t: Tensor                 # (M, *latent) at grid point i
     x_s: Tensor                 # (M, *latent) at grid point i + 1
-    eps_old: Tensor             # (M, *latent)
+    eps_old: Tensor             # (M, *latent) see Sampled
     cond: Cond                  # M prompts, encoded
     prompts: list[str]          # M prompts
     generators: list[torch.Generator]   # M, for whatever is random in a transition's loss
@@ -1020,8 +1021,8 @@ class Job(NamedTuple):
     schedule: NoiseSchedule
     null: Cond          # the encoded empty prompt
     config: Config
-    rank: int = 0       # of how many processes this is which
-    world: int = 1
+    rank: int = 0       # this process's number
+    world: int = 1      # number of processes
 
 
 def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
@@ -1032,9 +1033,9 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     # 1. The reward gradient g, a constant of the loss. It moves the target by beta w / k times g; noise
     # levels where that factor is small next to the largest do without (skip_below).
     own, levels = schedule.prediction, torch.arange(len(schedule))
-    target = match_weights(schedule, levels, matching=own, **weights)[1]                              # (T,)
-    asked = (target >= config.skip_below * target.max())[batch.i]                                     # (M,)
-    g, score, some = torch.zeros_like(batch.x_s), torch.zeros(len(batch.i)), batch.at(asked)
+    factor = match_weights(schedule, levels, matching=own, **weights)[1]                              # (T,)
+    asked = (factor >= config.skip_below * factor.max())[batch.i]                                     # (M,)
+    g, reward, some = torch.zeros_like(batch.x_s), torch.zeros(len(batch.i)), batch.at(asked)
     if config.estimator == "identity":
         g[asked] = some.u
     elif asked.any():
@@ -1047,8 +1048,8 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
             return (x0 * some.u).flatten(1).sum(1)                                                    # (E8)
 
         with phase("reward gradient"), frozen(base.net):
-            g[asked], judged = reward_gradient(predict, value, schedule, some.x_s, some.i + 1)
-        score[asked] = judged.to(score)
+            g[asked], values = reward_gradient(predict, value, schedule, some.x_s, some.i + 1)
+        reward[asked] = values.to(reward)
 
     # 2. The loss. The reference is the same network with its LoRA switched off.
     guidance = config.guidance if config.branch == "guided" else 1.0
@@ -1062,7 +1063,7 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
         match, reg = nabla_loss(halves, reference, schedule, batch.x_t, batch.i, batch.eps_old, g,
                                 guidance=guidance, matching=config.matching, backend=config.backend,
                                 **weights)
-    logged = {"reward_gradient": g.square().flatten(1).mean(1).sqrt(), "reward": score,
+    logged = {"reward_gradient": g.square().flatten(1).mean(1).sqrt(), "reward": reward,
               "loss": match + config.reg_weight * reg, "match": match, "reg": reg}
     return logged, int(asked.sum()) if config.estimator == "step" else 0
 
@@ -1070,8 +1071,8 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
 # -----------------------------------------------------------------------------------------------------------
 # 10. The baselines
 # What the paper compares with, on the same base, rewards, views, LoRA and data. Like nabla_step they return
-# the loss per transition (M,) and how many objects the reward was asked about; but they climb the reward
-# alone: nothing in them holds on to the prior. Needs: sections 5 to 9.
+# a dict with the loss per transition (M,), and how many objects the reward was asked about; but they climb
+# the reward alone: nothing in them holds on to the prior. Needs: sections 5 to 9.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -1079,16 +1080,15 @@ def refl_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """ReFL (ImageReward, arXiv 2304.05977): minus the reward of the one-step estimate at a late step."""
     t = job.schedule.t(batch.i)
     eps = predict_guided(job.base, batch.x_t, t, batch.cond, job.null, job.config.guidance)
-    score, _ = job.judge(job.schedule.x0(batch.x_t, eps, batch.i), batch.prompts, batch.generators)
-    return {"loss": -score}, len(score)
+    reward, _ = job.judge(job.schedule.x0(batch.x_t, eps, batch.i), batch.prompts, batch.generators)
+    return {"loss": -reward}, len(reward)
 
 
 def draft_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """DRaFT-K (arXiv 2309.17400): minus the reward of the sample, through the last K steps of the sampler.
 
     The steps start at grid point T - K of the rollout and draw new noise. DRaFT-LV (K = 0) takes the last
-    step alone, from the rollout's sample noised anew, several times per object, which lowers the variance of
-    the gradient.
+    step alone, from the rollout's sample noised anew, several times per object: less variance.
     """
     schedule, x, first = job.schedule, batch.x_t, len(job.schedule) - max(1, job.config.draft_steps)
     if job.config.draft_steps == 0:
@@ -1098,8 +1098,8 @@ def draft_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
         eps = predict_guided(job.base, x, t, batch.cond, job.null, job.config.guidance)
         mean, std = schedule.transition(x, eps, i)
         x = mean + std * noise_like(x, batch.generators)
-    score, _ = job.judge(x, batch.prompts, batch.generators)
-    return {"loss": -score}, len(score)
+    reward, _ = job.judge(x, batch.prompts, batch.generators)
+    return {"loss": -reward}, len(reward)
 
 
 def log_prob(schedule: NoiseSchedule, batch: Transitions, eps: Tensor) -> Tensor:
@@ -1119,17 +1119,16 @@ def ddpo_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     return {"loss": -torch.minimum(batch.advantage * ratio, batch.advantage * clipped)}, 0
 
 
-def advantages(scores: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
-    """DDPO's: each reward minus the mean, over the spread, of its prompt's last 32 rewards, or of this
-    epoch's rewards while the prompt has fewer than 8. Returns (B,). `history`, the rewards by prompt, is
-    brought up to date.
+def advantages(rewards: list[float], prompts: list[str], history: dict[str, list[float]]) -> Tensor:
+    """DDPO's: (reward - mean) / std, over its prompt's last 32 rewards, or this epoch's while the prompt
+    has fewer than 8. Returns (B,). `history`, the rewards by prompt, is brought up to date.
     """
-    for prompt, score in zip(prompts, scores):
-        history[prompt] = [*history.get(prompt, []), score][-32:]
-    peers = [history[prompt] if len(history[prompt]) >= 8 else scores for prompt in prompts]
+    for prompt, reward in zip(prompts, rewards):
+        history[prompt] = [*history.get(prompt, []), reward][-32:]
+    peers = [history[prompt] if len(history[prompt]) >= 8 else rewards for prompt in prompts]
     mean = torch.tensor([math.fsum(peer) / len(peer) for peer in peers])
     std = torch.tensor([torch.tensor(peer).std(correction=0) for peer in peers])
-    return (torch.tensor(scores) - mean) / (std + 1e-6)
+    return (torch.tensor(rewards) - mean) / (std + 1e-6)
 
 
 DRAFT_LV_NOISES = 2     # copies of a sample that DRaFT-LV noises anew (arXiv 2309.17400)
@@ -1152,7 +1151,7 @@ METHODS = {"nabla": nabla_step, "refl": refl_step, "draft": draft_step, "ddpo": 
 
 # -----------------------------------------------------------------------------------------------------------
 # 11. Train
-# One loop for all methods. Every epoch draws its randomness from (seed, epoch, process), so that a resumed
+# One loop for all methods. Every epoch draws its randomness from (seed, epoch, object), so that a resumed
 # run continues bit for bit without stored random states. Needs: everything above; files are written by
 # support/run.py.
 # -----------------------------------------------------------------------------------------------------------
@@ -1164,7 +1163,7 @@ class Sampled(NamedTuple):
     prompts: list[str]
     cond: Cond
     trajectory: Trajectory
-    eps_old: Tensor             # (B, T, *latent) the prediction that is matched
+    eps_old: Tensor             # (B, T, *latent) the rollout's prediction, of the branch that is trained (E5)
     u: Tensor | None            # (B, *latent) see Transitions
     advantage: Tensor | None    # (B,)
 
@@ -1183,12 +1182,12 @@ def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[tor
     for rows in torch.arange(len(x0)).split(job.config.micro_batch):
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            score, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
-        u = run.gradient(job.config.reward, score, part) if gradient else torch.zeros_like(part)
-        parts.append((score.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
-    score, coverage, u = (torch.cat(each) for each in zip(*parts))
-    run.check_finite(job.config.reward, score, u)
-    return score, coverage, u
+            reward, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
+        u = run.gradient(job.config.reward, reward, part) if gradient else torch.zeros_like(part)
+        parts.append((reward.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
+    reward, coverage, u = (torch.cat(each) for each in zip(*parts))
+    run.check_finite(job.config.reward, reward, u)
+    return reward, coverage, u
 
 
 def sample_epoch(job: Job, prompts: list[str], epoch: int,
@@ -1208,17 +1207,17 @@ def sample_epoch(job: Job, prompts: list[str], epoch: int,
         trajectory = rollout(job.base, job.schedule, cond, job.null, config.guidance, generators)
     once = config.method == "nabla" and config.estimator != "step"      # then the reward is asked only here
     with phase("reward gradient" if once else "rollout"):
-        score, coverage, u = judge_samples(job, trajectory.x[:, -1], chosen, generators, gradient=once)
+        reward, coverage, u = judge_samples(job, trajectory.x[:, -1], chosen, generators, gradient=once)
     advantage = None
     if config.method == "ddpo":
-        everyone = run.gather((score.tolist(), chosen), job.world)
-        scores, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
-        advantage = advantages(scores, asked, history)[mine.start:mine.stop].to(score)
+        everyone = run.gather((reward.tolist(), chosen), job.world)
+        rewards, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
+        advantage = advantages(rewards, asked, history)[mine.start:mine.stop].to(reward)
     guided = config.method == "ddpo" or config.branch == "guided"
     sampled = Sampled(chosen, cond, trajectory, trajectory.eps if guided else trajectory.eps_text,
                       u if once else None, advantage)
     judged = job.world * B if once or config.method == "ddpo" else 0
-    return sampled, {"reward": run.mean(score, job.world), "coverage": run.mean(coverage, job.world),
+    return sampled, {"reward": run.mean(reward, job.world), "coverage": run.mean(coverage, job.world),
                      "judged": judged}
 
 
@@ -1228,7 +1227,7 @@ def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, 
     config, weights, B = job.config, optimizer.param_groups[0]["params"], job.config.batch_size
     sampled, logged = sample_epoch(job, prompts, epoch, history)
 
-    # Every process knows all pairs of object n and step i; `copy` tells a step that is trained twice apart.
+    # Every process knows all pairs of object n and step i; `copy` numbers repeats of a step (DRaFT-LV).
     pairs = torch.tensor([(n, i, copy) for n in range(job.world * B) for copy, i in enumerate(
         pick_steps(config, seeded(config.seed, epoch, n, "steps")))])
     pairs = pairs[torch.randperm(len(pairs), generator=seeded(config.seed, epoch, "pairs"))]
@@ -1309,7 +1308,7 @@ def train(config: Config, base: Base | None = None) -> dict:
                           state and state["epoch"]))
         run.begin(out, HERE, about, state)
     prompts = filter_prompts(job, prompts, identity)
-    if isinstance(config.beta, str):        # exp(beta r) moves r by beta times its variance within a prompt
+    if isinstance(config.beta, str) and config.method == "nabla":        # see metrics.beta_of
         few = prompts[::max(1, len(prompts) // 12)][:12], dataclasses.replace(config, samples_per_prompt=8)
         sampled = measure(base, reward, features, job.schedule, *few, config.seed, "spread", rank, world)
         beta = metrics.beta_of(config.beta, sampled, quiet)
@@ -1326,7 +1325,7 @@ def train(config: Config, base: Base | None = None) -> dict:
         return measured
 
     before = measure_base("before", config.seed)
-    other = measure_base("before, other seeds", config.seed + 1)
+    other = measure_base("before, other seeds", config.seed + 1)        # a second draw: FID's noise floor
     optimizer, rows, history = start_lora(job), [], {}
     if state:
         run.restore(base.net, optimizer, state, out)
@@ -1359,7 +1358,7 @@ def train(config: Config, base: Base | None = None) -> dict:
 
 def cost(config: Config, base: Base | None = None) -> dict:
     """What one epoch takes: parameters, seconds by phase, peak memory. Prints and returns it, saves nothing.
-    On a CPU a big base is asked for one transition of one object."""
+    On a CPU a big base does one transition of one object; random weights above 1e9 are only counted."""
     config = resolve(config)
     config = dataclasses.replace(config, beta=1.0 if isinstance(config.beta, str) else config.beta)
     on_gpu = torch.device(config.device).type == "cuda"
@@ -1387,30 +1386,30 @@ def cost(config: Config, base: Base | None = None) -> dict:
 
 @torch.no_grad()
 def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
-    """The prompts without the share `min_quantile` of them on which one object of the untouched base scores
-    lowest. Processes share the work; scores are kept for all runs with this base and reward.
+    """The prompts without the share `min_quantile` of them on which one object of the untouched base has
+    the lowest reward. Processes share the work; rewards are kept for all runs with this base and reward.
     """
     config = job.config
     if not config.min_quantile:
         return prompts
     what = [identity, *(getattr(config, name) for name in run.SCORED_WITH)]
 
-    def score(part: list[str]) -> Tensor:
+    def rewards_of(part: list[str]) -> Tensor:
         generators, cond = [seeded("filter", prompt) for prompt in part], job.base.encode(part)
         x0 = rollout(job.base, job.schedule, cond, job.null, config.guidance, generators, keep=False)
         return job.judge(x0, part, generators)[0]
 
     different = [*dict.fromkeys(prompts)]
     key = hashlib.sha256(repr(what).encode()).hexdigest()
-    scores = run.scores_by_prompt(key, different, config.eval_batch, score, job.rank, job.world)
-    lowest = {*sorted(different, key=scores.get)[:int(config.min_quantile * len(different))]}
+    rewards = run.scores_by_prompt(key, different, config.eval_batch, rewards_of, job.rank, job.world)
+    lowest = {*sorted(different, key=rewards.get)[:int(config.min_quantile * len(different))]}
     return [prompt for prompt in prompts if prompt not in lowest]
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 12. Evaluate
+# 12. Measure and report
 # The paper's protocol: prompts that were never trained on, the same seeds and views before and after.
-# Needs: sections 3 to 8.
+# Needs: sections 2 to 8, support's metrics, report, run, to_json and write_atomic.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -1434,9 +1433,9 @@ def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSched
         pictures = render(base.decode(x0), *base.cameras(len(chunk)), base.eval_size, config.backend,
                           base.dilation)
         pictures = pictures._replace(image=pictures.image.clamp(0, 1))  # splats may be brighter than white
-        scores = reward(pictures, named).mean(1), depth_normal_consistency(pictures, named).mean(1)
+        judged = reward(pictures, named).mean(1), depth_normal_consistency(pictures, named).mean(1)
         kept = [k for k, n in enumerate(chunk) if n % S == 0 and n // S in shown]
-        return *metrics.look(pictures, named, texts, features, *scores), x0[kept].cpu()
+        return *metrics.look(pictures, named, texts, features, *judged), x0[kept].cpu()
 
     chunks = [range(P * S)[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
     for n in range(rank, rank + len(chunks), world):            # all processes go round equally often
@@ -1474,12 +1473,13 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 13. Command line
+# 13. Sample, evaluate, command line
+# Needs: sections 2 to 8 and 12, and support/; parse also train and cost.
 # -----------------------------------------------------------------------------------------------------------
 
 
 def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSchedule]:
-    """The base, with the LoRA of `config.run` on it if that is set."""
+    """config with its guidance, the base, with the LoRA of `config.run` if that is set, and its schedule."""
     lora = run.find_lora(config.run) if config.run else None    # asked for before anything is fetched
     base = base or load_base(config, config.device)
     if lora:
@@ -1533,7 +1533,7 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
 
 @run.unlocking()
 def evaluate(config: Config, base: Base | None = None) -> dict:
-    """The paper's protocol: 60 unseen prompts x 32 objects, the run beside the base. Returns the summary."""
+    """The paper's protocol: by default 32 objects a prompt, the run beside the base. Returns the summary."""
     started, given = time.perf_counter(), config.out
     if given and (Path(given) / "checkpoint").is_dir():
         raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
