@@ -1,15 +1,15 @@
 """Make the embedded base `shapes` from nothing: data, autoencoder, judges, denoiser, measured quality.
 
-    python experiments/make_shapes.py                                    # about 150 minutes of one core
-    python experiments/make_shapes.py --minutes 90                       # training ends by the clock
-    python experiments/make_shapes.py --quick                            # a smoke test, in runs/quick_shapes
+    python experiments/make_shapes.py --compile         # as support/shapes.safetensors was made: two hours of two cores
+    python experiments/make_shapes.py                   # the same without a C++ compiler
+    python experiments/make_shapes.py --minutes 90      # training ends by the clock
+    python experiments/make_shapes.py --quick           # a smoke test, in runs/quick_shapes
 
-This is the second edition's script: captions that leave colours and shapes open, stacks of three, cleaner splats. It
-has not been run to its end yet. support/shapes.safetensors and prompts/shapes_*.txt are the first edition's, made by
-this file as of the commit that its metadata name; a run replaces them, and the picture experiments/results/shapes.png.
-What a run should reach, of what it measures and writes into the file: 95% of closed prompts named right, 65 to 90% of
-hard ones, by a tower that is right on 97% of true pictures; 85% of the true spread of colourfulness within a prompt;
-on open prompts histograms of colours and shapes within a total variation of 0.1 of the data's.
+A run replaces support/shapes.safetensors, prompts/shapes_*.txt and the picture experiments/results/shapes.png. What it
+should reach, of what it measures and writes into the file: 95% of closed prompts named right, 65 to 90% of hard ones,
+by a tower that is right on 97% of true pictures; 85% of the true spread of colourfulness within a prompt; on open
+prompts histograms of colours and shapes within a total variation of 0.1 of the data's. experiments/README.md says what
+the file that is here reaches.
 
 Every stage leaves its result in the work folder and is skipped when that is there, so a stopped run goes on where it
 was (training goes on from a checkpoint that is at most two minutes old). Stages:
@@ -560,7 +560,7 @@ def latent_numbers() -> int:
 
 # ---- Judges: what the objects are called, and how their surfaces lie ------------------------------------------------
 
-TOWER = {"dim": 64, "width": 32}
+TOWER = {"dim": 64, "width": 32, "layers": 2}
 
 
 def reconstruct(vae: torch.nn.Module, grids: Tensor) -> Tensor:
@@ -605,6 +605,23 @@ def agrees(parts: list[Part], said: list[Part]) -> bool:
                                            for true, word in zip(part, words))
 
 
+@contextlib.contextmanager
+def attention_in_float32() -> Iterator[None]:
+    """Under autocast, attention alone in float32: on a CPU its backward pass in bfloat16 takes ten times as long."""
+    stock = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *options, **named) -> Tensor:
+        mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+        with torch.autocast("cpu", enabled=False):
+            return stock(q.float(), k.float(), v.float(), mask, *options, **named).to(q.dtype)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = stock
+
+
 def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shapes.ImageTextTower:
     """Contrastive: every picture finds its caption in the batch's, and among its own with one word changed."""
     torch.manual_seed(1)
@@ -622,11 +639,14 @@ def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shape
             said.append(words)
             slot = rng.randrange(len(parts))                        # this one is named in full, and then wrongly
             _, color, shape = words[slot] = parts[slot]
-            wrong = [renamed(words, slot, other, shape) for other in HUES if other != color]
-            wrong += [renamed(words, slot, color, other) for other in SHAPES if other != shape]
+            other_colors = [other for other in HUES if other != color]      # fewer: they are easier to see
+            other_shapes = [other for other in SHAPES if other != shape]
+            wrong = [renamed(words, slot, other, shape) for other in rng.sample(other_colors, 2)]
+            wrong += [renamed(words, slot, color, other) for other in rng.sample(other_shapes, 5)]
             candidates += [caption(words), *wrong]
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.progress < 0.8):
             images = pictures["images"][rows].float() / 255
+            images = torch.where(torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)
             gray = images.mean(1, keepdim=True)                     # a caption does not name the saturation
             images = gray + (0.7 + 1.1 * torch.rand(64, 1, 1, 1, generator=generator)) * (images - gray)
             images = images.clamp(0, 1)
@@ -641,7 +661,8 @@ def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shape
         own = torch.arange(len(rows))
         return (F.cross_entropy(hard, 0 * own) + F.cross_entropy(every, own) + F.cross_entropy(every.T, own)) / 3
 
-    stage.run(loss_of)
+    with attention_in_float32():
+        stage.run(loss_of)
     return tower
 
 
@@ -671,7 +692,7 @@ NET = {"sample_size": GRID // 4, "patch_size": 2, "in_channels": 14, "out_channe
 # A sampler of few steps loses spread: each step ends at the mean of what it may still become, not at one of it. Of a
 # Gaussian's standard deviation 20 steps on DiffSplat's levels leave 0.84 to 0.87; 30 steps on these leave 0.91 to 0.93.
 BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.012}
-STEPS, GUIDANCE = 30, 1.0                   # with such a file, `steps` of shapes in r2d3.PRESETS is to become 30
+STEPS, GUIDANCE = 30, 1.0                   # STEPS is also `steps` of shapes in support/presets.py
 
 
 @torch.no_grad()
@@ -707,27 +728,13 @@ def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor) -> tuple[r2d3.Diff
     return base, torch.nn.ModuleDict({"net": net.requires_grad_(True), "text": text})
 
 
-@contextlib.contextmanager
-def attention_in_float32() -> Iterator[None]:
-    """Under autocast, attention alone in float32: on a CPU its backward pass in bfloat16 takes ten times as long."""
-    stock = F.scaled_dot_product_attention
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
-        mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-        with torch.autocast("cpu", enabled=False):
-            return stock(q.float(), k.float(), v.float(), attn_mask=mask, **options).to(q.dtype)
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = stock
-
-
-def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, minutes: float) -> tuple:
+def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, minutes: float,
+                   compiled: bool = False) -> tuple:
     from diffusers import DDIMScheduler
     every = latents["latents"].float()
-    mean, std = every.mean((0, 1, 3, 4)), every.std((0, 1, 3, 4))
+    # One scale for all channels: some hold next to nothing, and to blow them up would make the network learn noise.
+    mean = every.mean((0, 1, 3, 4))
+    std = (every - mean.view(-1, 1, 1)).square().mean().sqrt().expand(len(mean)).clone()
     base, module = new_base(vae, mean, std)
     stage = Stage(work, "denoiser", module, steps, minutes, 1.2e-3, ema=0.999)
     alphas, batch = DDIMScheduler(**BETAS).alphas_cumprod.sqrt(), 32
@@ -740,13 +747,16 @@ def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, 
         alpha = r2d3.per_sample(alphas[t], x0)
         x = alpha * x0 + (1 - alpha ** 2).sqrt() * noise
         captions = [training_caption(latents["parts"][row], rng) for row in rows]
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.progress < 0.9):
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.progress < 0.95):
             cond = base.encode(["" if rng.random() < 0.1 else caption(parts) for parts in captions])
             eps = base.predict(x, t, cond)
         return ((eps - noise) / alpha).square().mean()              # = the squared error of v
 
+    if compiled:
+        base.net.forward = torch.compile(base.net.forward)
     with attention_in_float32():
         stage.run(loss_of)
+    vars(base.net).pop("forward", None)
     return base, module
 
 
@@ -795,8 +805,13 @@ def observe_truth(base: r2d3.DiffSplat, prompts: list[str], rng: random.Random) 
 
 @torch.no_grad()
 def name_objects(tower: shapes.ImageTextTower, pictures: Tensor, said: list[list[Part]]) -> list[list[tuple[str, str]]]:
-    """The tower's first choice of all 64 (color, shape) for every object. pictures (n, V, 3, H, W), their prompts."""
-    seen = tower.image(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1)
+    """What the tower calls every object in pictures (n, V, 3, H, W) of scenes that their prompts describe."""
+    return name_features(tower, tower.image(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1), said)
+
+
+@torch.no_grad()
+def name_features(tower: shapes.ImageTextTower, seen: Tensor, said: list[list[Part]]) -> list[list[tuple[str, str]]]:
+    """The same from what the tower has seen (n, D): its first choice of all 64 (color, shape) for every object."""
     every, words = [(color, shape) for color in HUES for shape in SHAPES], {}
     for key in {(tuple(parts), slot) for parts in said for slot in range(len(parts))}:
         words[key] = tower.text([renamed(list(key[0]), key[1], *pair) for pair in every])
@@ -905,7 +920,7 @@ def write_file(path: Path, parts: dict[str, torch.nn.Module], mean: Tensor, std:
              "guidance": GUIDANCE, "betas": BETAS, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
              "tower": TOWER, "normal": {}}
     try:
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip()
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:                                                                                # no git here
         commit = ""
     write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),
@@ -919,13 +934,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: a test of the script")
     parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this")
     parser.add_argument("--minutes", type=float, default=math.inf, help="let the training end by the clock; any number")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: a fifth faster, needs g++")
     args = parser.parse_args()
     args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
     args.out = args.out or (args.work / "shapes.safetensors" if args.quick else ROOT / "support/shapes.safetensors")
-    size = ({"data": 24, "held_out": 8, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1, "denoiser": 4,
-             "samples": {"closed": 2, "open": 2, "hard": 2}, "prompts": 2} if args.quick else
-            {"data": 3000, "held_out": 200, "ae": 7500, "pictures": 1, "tower": 3500, "normal": 1500, "latents": 6,
-             "denoiser": 14000, "samples": {"closed": 16, "open": 16, "hard": 8}, "prompts": 30})
+    size = ({"data": 24, "more": 32, "held_out": 8, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1,
+             "denoiser": 4, "samples": {"closed": 2, "open": 2, "hard": 2}, "prompts": 2} if args.quick else
+            {"data": 3000, "more": 8000, "held_out": 200, "ae": 7500, "pictures": 1, "tower": 5000, "normal": 1500,
+             "latents": 3, "denoiser": 24000, "samples": {"closed": 16, "open": 16, "hard": 8}, "prompts": 30})
     minutes = {stage: share * args.minutes for stage, share in
                {"ae": 0.27, "tower": 0.14, "normal": 0.04, "denoiser": 0.55}.items()}
     folder = args.work if args.quick else ROOT / "prompts"
@@ -933,13 +949,13 @@ def main() -> None:
     vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"], minutes["ae"])
     if args.until == "ae":
         return
-    pictures = make_pictures(args.work, lambda: make_data(args.work, size["data"], 0), vae, size["pictures"])
+    pictures = make_pictures(args.work, lambda: make_data(args.work, size["more"], 2), vae, size["pictures"])
     tower = train_tower(args.work, pictures, size["tower"], minutes["tower"])
     normals = train_normals(args.work, pictures, size["normal"], minutes["normal"])
     if args.until == "judges":
         return
-    latents = make_latents(args.work, lambda: make_data(args.work, size["data"], 0), vae, size["latents"])
-    base, module = train_denoiser(args.work, latents, vae, size["denoiser"], minutes["denoiser"])
+    latents = make_latents(args.work, lambda: make_data(args.work, size["more"], 2), vae, size["latents"])
+    base, module = train_denoiser(args.work, latents, vae, size["denoiser"], minutes["denoiser"], args.compile)
     if args.until == "denoiser":
         return
     parts = {"net": base.net, "vae": vae, "text": module["text"], "tower": tower, "normal": normals}

@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.metrics import Measurement  # noqa: E402
 
-FEWEST = 8.0                                # effective samples of a prompt; with fewer the curve ends
+FEWEST = 8.0                                # effective samples; the curve ends where a tenth of the prompts has fewer
 
 
 def tilt_weights(reward: Tensor, beta: float) -> Tensor:
@@ -75,41 +75,54 @@ def total_variation(a: dict[str, float], b: dict[str, float]) -> float:
     return sum(abs(share - b[name]) for name, share in a.items()) / 2
 
 
+def effective(weights: Tensor) -> float:
+    """How many effective samples all but a tenth of the prompts have. weights (P, S)."""
+    return effective_sample_size(weights).quantile(0.1).item()
+
+
+def shuffled(weights: Tensor, times: int = 4) -> list[Tensor]:
+    """The same weights (P, S) on other samples of the same prompt: what only chance makes of a metric."""
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.rand(weights.shape, generator=generator).argsort(1) for _ in range(times)]
+    return [weights.gather(1, order) for order in orders]
+
+
 def tilted(draw: Measurement, reference: Measurement, beta: float) -> dict[str, float]:
     """What an evaluation would measure of the optimum at `beta`; `draw` and `reference` are two draws of the base.
 
-    Returns the means over prompts of reward, alignment, retrieved, coverage, dnc, diversity, and gain (of reward),
-    fid_to_base, kl, effective (samples a prompt), fewest (of any prompt) and beta.
+    Returns the means over prompts of reward, alignment, retrieved, coverage, dnc, diversity, and gain (of reward), kl,
+    effective samples (see `effective`) and beta; fid_to_base, and fid_by_chance, which is what the same weights on
+    other samples give: with fewer effective samples a distance grows that is none.
     """
     weights = tilt_weights(draw.reward.cpu(), beta)
     P, S = weights.shape
+    views = draw.fid_features.shape[2]
+
+    def fid(of: Tensor) -> float:
+        per_picture = of[:, :, None].expand(P, S, views).flatten() / (P * views)
+        return weighted_frechet_distance(draw.fid_features.cpu().flatten(0, 2),
+                                         reference.fid_features.cpu().flatten(0, 2), per_picture).item()
+
     row = {name: (weights * getattr(draw, name).cpu()).sum(1).mean().item()
            for name in ("reward", "alignment", "retrieved", "coverage", "dnc")}
-    views = draw.fid_features.shape[2]
-    per_picture = weights[:, :, None].expand(P, S, views).flatten() / (P * views)
-    effective = effective_sample_size(weights)
+    by_chance = [fid(of) for of in shuffled(weights)]
     return row | {"beta": beta, "gain": row["reward"] - draw.reward.double().mean().item(),
                   "diversity": weighted_diversity(draw.features.cpu(), weights).mean().item(),
-                  "fid_to_base": weighted_frechet_distance(draw.fid_features.cpu().flatten(0, 2),
-                                                           reference.fid_features.cpu().flatten(0, 2),
-                                                           per_picture).item(),
-                  "kl": divergence(weights).mean().item(), "effective": effective.mean().item(),
-                  "fewest": effective.min().item()}
+                  "fid_to_base": fid(weights), "fid_by_chance": sum(by_chance) / len(by_chance),
+                  "kl": divergence(weights).mean().item(), "effective": effective(weights)}
 
 
 def optimum(draw: Measurement, reference: Measurement, points: int = 12) -> list[dict[str, float]]:
-    """The curve "exact tilt": from beta = 0 to where a prompt has FEWEST effective samples on average."""
-    def effective(beta: float) -> float:
-        return effective_sample_size(tilt_weights(draw.reward.cpu(), beta)).mean().item()
-
-    if not (draw.reward.cpu().std(1) > 0).any() or draw.reward.shape[1] <= FEWEST:
+    """The curve "exact tilt": from beta = 0 to where a tenth of the prompts has fewer than FEWEST effective samples."""
+    reward = draw.reward.cpu()
+    if not (reward.std(1) > 0).any() or reward.shape[1] <= FEWEST:
         return [tilted(draw, reference, 0.0)]                       # nothing to choose from
-    low, high = 0.0, 1.0 / draw.reward.double().std(1).mean().item()
-    while effective(high) > FEWEST and high < 1e12:
+    low, high = 0.0, 1.0 / reward.double().std(1).mean().item()
+    while effective(tilt_weights(reward, high)) > FEWEST and high < 1e12:
         low, high = high, 2 * high
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if effective(middle) > FEWEST else (low, middle)
+        low, high = (middle, high) if effective(tilt_weights(reward, middle)) > FEWEST else (low, middle)
     return [tilted(draw, reference, low * n / (points - 1)) for n in range(points)]
 
 
@@ -120,10 +133,3 @@ def at_gain(curve: list[dict[str, float]], gain: float) -> dict[str, float] | No
             share = (gain - left["gain"]) / (right["gain"] - left["gain"])
             return {name: value + share * (right[name] - value) for name, value in left.items()}
     return None
-
-
-def distance_to_optimum(curve: list[dict[str, float]], gain: float,
-                        measured: dict[str, float]) -> dict[str, float] | None:
-    """How far each measured metric is from the optimum's at equal reward: measured - optimal; None beyond the curve."""
-    best = at_gain(curve, gain)
-    return best and {name: value - best[name] for name, value in measured.items() if name in best}

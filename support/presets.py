@@ -25,7 +25,7 @@ PAPER = {
 # the method, and last what the user gives.
 PRESETS = {
     "shapes": {     # chosen from experiments/results/compare.jsonl
-        "": {"recipe": "fast", "sampler": "dpm", "steps": 20, "lora_rank": 8, "epochs": 6, "batch_size": 16,
+        "": {"recipe": "fast", "sampler": "dpm", "steps": 30, "lora_rank": 8, "epochs": 6, "batch_size": 16,
              "updates_per_epoch": 16, "micro_batch": 16, "lr": 1e-3, "beta": 1000.0, "views": 2,
              "view_size": 48},
         "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},

@@ -56,7 +56,7 @@ class WordTable(nn.Module):
 class ImageTextTower(nn.Module):
     """A small CLIP for the world of `shapes`: pictures and prompts that agree have vectors of high cosine."""
 
-    def __init__(self, table: nn.Module, dim: int = 64, width: int = 32):
+    def __init__(self, table: nn.Module, dim: int = 64, width: int = 32, layers: int = 1):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width, 4 * width]
         self.cnn = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
@@ -64,7 +64,8 @@ class ImageTextTower(nn.Module):
             nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU())))
         self.image_head = nn.Linear(widths[-1] * 16, dim)       # 64 px / 2^4 = a 4 x 4 map
         self.table = table          # prompts -> (embeds (N, L, dim), mask (N, L))
-        self.mixer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, 0.0, "gelu", batch_first=True)
+        layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, 0.0, "gelu", batch_first=True)
+        self.mixer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def image(self, images: Tensor) -> Tensor:

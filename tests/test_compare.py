@@ -1,43 +1,59 @@
-"""experiments/compare.py: trials go on where they stopped, tables say what the rows say, and the README says what the tables say."""
+"""experiments/compare.py and tables.py: trials go on where they stopped, tables say what the rows say, the README what the tables say."""
 import fcntl
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
 import compare  # noqa: E402
+import make_shapes  # noqa: E402
+import tables  # noqa: E402
 
 import r2d3  # noqa: E402
+from support import load_weights  # noqa: E402
 
-TINY = compare.NABLA | {"batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2, "seed": 0, "reward": "aesthetic"}
-ABOUT = {"experiment": "compare", "name": "tiny", "cmd": "a test"}
+ABOUT = {"cmd": "a test"}
+TINY = {"method": "nabla", "beta": "5sd", "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2,
+        "steps": 6, "seed": 0}
+
+
+def tiny(**changes):
+    return compare.Trial("compare", "per sample", "aesthetic", TINY | changes, [1])
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    prompts = ["a red cube", "a cone", "something green on a ring"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(r2d3, "load_prompts", lambda spec: ["a red cube", "a blue cone", "a green sphere"])
-        return compare.World("aesthetic", 2, True, tmp_path_factory.mktemp("world"))
+        patch.setattr(r2d3, "load_prompts", lambda spec: prompts)
+        return compare.World(True, tmp_path_factory.mktemp("world"), samples=2, steps=6)
 
 
 def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.World, "measure", lambda self, seed: compare.metrics.Measurement(
-        *[r2d3.torch.zeros(1)] * len(compare.metrics.Measurement._fields)))
-    worlds = {unseen: compare.World("aesthetic", 1, unseen, tmp_path) for unseen in (True, False)}
+    empty = compare.metrics.Measurement(*[torch.zeros(1)] * len(compare.metrics.Measurement._fields))
+    some = {reward: torch.rand(2, 3) for reward in compare.REWARDS}
+    monkeypatch.setattr(compare.World, "measure", lambda self, seed, prompts, samples: (empty, some))
+    worlds = {unseen: compare.World(unseen, tmp_path) for unseen in (True, False)}
     train, test = (r2d3.load_prompts(str(ROOT / f"prompts/shapes_{part}.txt")) for part in ("train", "test"))
-    assert (worlds[True].prompts, worlds[True].test_prompts) == (train, test)
-    tuned, judged = worlds[False].prompts, worlds[False].test_prompts
-    assert len(judged) == 50 and not {*tuned} & {*judged} and {*tuned, *judged} == {*train} and not {*judged} & {*test}
-    assert len(list(tmp_path.glob("base-*.pt"))) == 4           # neither takes the other's base measurements
+    assert (worlds[True].prompts, worlds[True].measured) == (train, test[:compare.PROMPTS])
+    tuned, judged = worlds[False].prompts, worlds[False].measured
+    assert len(judged) == compare.PROMPTS and not {*tuned} & {*judged} and {*tuned, *judged} <= {*train}
+    assert not {*judged} & {*test} and worlds[True].spread == worlds[False].spread
+    kinds = [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in judged]
+    assert [kinds.count(kind) for kind in ("closed", "open", "hard")] == [8, 8, 8]
+    assert len(list(tmp_path.glob("base-*.pt"))) == 6           # neither takes the other's base measurements
 
 
 def test_every_method_is_tuned_alike():
-    for reward in compare.BETA:
-        settings = [json.dumps(settings, sort_keys=True) for _, settings, _ in compare.trials("tune", reward, [0], False, compare.ROWS)]
-        count = [sum(f'"method": "{method}"' in one for one in settings) for method in ("nabla", "draft", "refl")]
-        assert len({*settings}) == len(settings) and len({*count}) == 1
+    found = compare.trials("tune", "hpsv2", [0], [])
+    counts = [sum(trial["name"] == name for trial in found) for name in compare.METHODS]
+    assert {*counts} == {3} and len({json.dumps(trial) for trial in found}) == len(found)
+    assert compare.trials("compare", "hpsv2", [0, 1], []) == []         # nothing was tuned yet
+    assert {*compare.METHODS} == {*tables.LOOKS}
 
 
 def strip(row):
@@ -45,122 +61,196 @@ def strip(row):
 
 
 def test_a_trial_goes_on_where_it_stopped(world, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    compare.run(world, TINY, [1, 6], ABOUT, tmp_path / "straight.jsonl", tmp_path / "one")
-    for marks in ([1], [1, 6], [1, 6]):
-        compare.run(world, TINY, marks, ABOUT, tmp_path / "resumed.jsonl", tmp_path / "two")
-    straight, resumed = (compare.read(tmp_path / f"{name}.jsonl") for name in ("straight", "resumed"))
+    trial = tiny()
+    for marks, name in (([1, 6], "straight"), ([1], "resumed"), ([1, 6], "resumed"), ([1, 6], "resumed")):
+        trial.marks = marks
+        world.work = tmp_path / name
+        world.work.mkdir(exist_ok=True)
+        compare.run(world, trial, ABOUT, tmp_path / f"{name}.jsonl")
+    straight, resumed = (tables.read(tmp_path / f"{name}.jsonl") for name in ("straight", "resumed"))
     assert [row["mark"] for row in straight] == [1, 6] and [strip(row) for row in straight] == [strip(row) for row in resumed]
-    assert straight[0]["judged"] >= 1 and straight[1]["judged"] >= 6 and straight[1]["reward"]["change"] != 0
-    compare.run(world, TINY, [1, 2, 6], ABOUT, tmp_path / "resumed.jsonl", tmp_path / "two")       # a mark before its state
-    assert [row["mark"] for row in compare.read(tmp_path / "resumed.jsonl")] == [1, 6, 2]
+    assert straight[0]["judged"] >= 1 and straight[1]["judged"] >= 6 and straight[1]["change"]["reward"] != 0
+    assert straight[1]["kl"] > straight[1]["kl_but_last"] > 0
+    assert straight[0]["change"]["reward"] == pytest.approx(straight[0]["change"]["reward_aesthetic"], abs=1e-6)
+    trial.marks = [1, 2, 6]                                     # a mark before its state
+    compare.run(world, trial, ABOUT, tmp_path / "resumed.jsonl")
+    assert [row["mark"] for row in tables.read(tmp_path / "resumed.jsonl")] == [1, 6, 2]
+    assert tables.read(tmp_path / "resumed.jsonl", "another base") == []
 
 
 def test_a_trial_that_another_process_has_is_left_alone(world, tmp_path):
-    compare.run(world, TINY, [1], ABOUT, tmp_path / "rows.jsonl", tmp_path)
+    world.work = tmp_path
+    trial = tiny()
+    compare.run(world, trial, ABOUT, tmp_path / "rows.jsonl")
+    trial.marks = [6]
     lock, = tmp_path.glob("*.lock")
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        compare.run(world, TINY, [6], ABOUT, tmp_path / "rows.jsonl", tmp_path)
-    assert len(compare.read(tmp_path / "rows.jsonl")) == 1
+        compare.run(world, trial, ABOUT, tmp_path / "rows.jsonl")
+    assert len(tables.read(tmp_path / "rows.jsonl")) == 1
 
 
 def test_a_trial_that_diverges_is_a_row(world, tmp_path):
-    broken = TINY | {"beta": 1e30, "lr": 1e30}
-    for _ in range(2):
-        compare.run(world, broken, [30], ABOUT, tmp_path / "rows.jsonl", tmp_path)
-    row, = compare.read(tmp_path / "rows.jsonl")
-    assert "not finite" in row["diverged"] and "not finite" in compare.tables([row | {"experiment": "tune"}])
-    assert compare.sweeps([row | {"experiment": "tune"}]) == {}
+    world.work = tmp_path
+    trial = tiny(beta=1e30, lr=1e30)
+    trial.marks = [30]
+    for wait in (False, True):
+        compare.run(world, trial, ABOUT, tmp_path / "rows.jsonl", wait)
+    row, = tables.read(tmp_path / "rows.jsonl")
+    assert "not finite" in row["diverged"] and tables.of([row], "compare", "aesthetic") == []
 
 
-def made(name, seed, mark, gain, alignment, **more):
-    metrics = {metric: {"change": 0.0, "after": 0.0} for metric in compare.METRICS}
-    metrics |= {"reward": {"change": gain, "after": gain}, "alignment": {"change": alignment, "after": 0.0}}
-    return ABOUT | {"name": name, "settings": {"seed": seed, "reward": "aesthetic", "method": "nabla", "estimator": "step"} | more, "mark": mark,
-                    "judged": mark, "updates": mark, "train_seconds": 1.0, "samples_per_prompt": 2, "scorer": "-", **metrics}
+def test_the_divergence_is_that_of_the_steps(world):
+    """Nothing for a LoRA that does nothing; else, by E6, half of (k std)^2 |eps - eps_ref|^2 at every step."""
+    job = r2d3.Job(world.base, None, world.schedule, world.base.encode([""]), world.config)
+    try:
+        r2d3.start_lora(job)
+        assert sum(world.path_kl()) == 0
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in world.base.net.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.02 * torch.randn(weight.shape, generator=generator)
+        steps, schedule, expected = world.path_kl(), world.schedule, []
+        named = [prompt for prompt in world.measured for _ in range(2)]
+        cond = world.base.encode(named)
+        generators = [r2d3.seeded("kl", n) for n in range(len(named))]
+        with torch.no_grad():
+            trajectory = r2d3.rollout(world.base, schedule, cond, job.null, world.config.guidance, generators)
+            for i in range(len(schedule)):
+                x = trajectory.x[:, i]
+                with world.base.net.disable_adapter():
+                    ref = r2d3.predict_guided(world.base, x, schedule.t(i).expand(len(x)), cond, job.null, world.config.guidance)
+                far = (trajectory.eps[:, i] - ref).square().flatten(1).sum(1).mean()
+                expected.append(((schedule.k(i) * schedule.step(i)[2]) ** 2 * far / 2).item())
+        assert min(expected) > 0 and steps == pytest.approx(expected, rel=1e-3)
+    finally:
+        world.base.net = world.base.net.unload()
+
+
+def test_presets_belong_to_a_trial(world, monkeypatch):
+    """A changed preset is another trial, though its row would name the same settings; where rows go is not."""
+    config = compare.configured(world, tiny())
+    assert config.beta == pytest.approx(5 / world.spread["aesthetic"])
+    same = r2d3.dataclasses.replace(config, out="elsewhere", epochs=99)
+    assert compare.identity(config, ["a"]) == compare.identity(same, ["a"])
+    assert compare.identity(config, ["a"]) != compare.identity(config, ["b"])
+    assert compare.identity(config, ["a"]) != compare.identity(r2d3.dataclasses.replace(config, steps=7), ["a"])
+
+
+def test_the_exact_tilt_is_rows(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "DRAWS", 8)
+    world.work = tmp_path
+    rows = compare.exact_tilt(world, ABOUT)
+    for reward in compare.REWARDS:
+        curve = tables.optimum(rows, reward)
+        start = curve[0]
+        assert start["gain"] == start["open_colors"] == 0 and start["kl"] == pytest.approx(0, abs=1e-9)
+        assert start["fid_to_base"] == pytest.approx(0, abs=1e-6)       # equal weights are no farther than by chance
+        gains = [point["gain"] for point in curve]
+        assert gains == sorted(gains) and gains[-1] > 0 and curve[-1]["effective"] == pytest.approx(8, rel=0.05)
+        assert curve[-1][f"reward_{reward}"] == pytest.approx(curve[-1]["gain"], abs=1e-6)
+    assert tables.at_beta(curve, curve[1]["beta"]) == pytest.approx(curve[1]["gain"])
+    assert tables.at_beta(curve, 2 * curve[-1]["beta"]) is None
+
+
+def test_open_slots_are_named(world):
+    """"a cone" leaves its colour open, "something green" its shape, "a ring" its colour."""
+    names = compare.named_open(world, world.before[0].features)
+    assert [(n, slot, which) for n, slot, which, _ in names] == [(1, 0, 0), (2, 0, 1), (2, 1, 0)]
+    weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
+    labels = [(1, 0, 0, ["red", "blue"]), (2, 1, 0, ["red", "cyan"]), (2, 0, 1, ["cone", "cube"])]
+    colors, shapes = compare.histograms(labels, weights)
+    assert colors["red"] == 0.625 and colors["cyan"] == 0.375 and colors["blue"] == 0
+    assert shapes["cone"] == 0.25 and shapes["cube"] == 0.75
+    assert sum(colors.values()) == sum(shapes.values()) == 1
+
+
+def made(name, seed, judged, gain, far, experiment="compare", reward="aesthetic", **settings):
+    change = dict.fromkeys(tables.METRICS, 0.0) | {"reward": gain, "alignment": -gain / 10, "fid_to_base": gain / 20}
+    return ABOUT | {"experiment": experiment, "name": name, "reward": reward, "mark": judged, "judged": judged,
+                    "updates": judged, "settings": {"seed": seed, "beta": "5sd"} | settings, "spread": 0.1, "kl": far,
+                    "kl_but_last": far / 2, "change": change, "before": dict.fromkeys(tables.METRICS, 0.5), "base": "x"}
+
+
+def optimum(gain, far, beta, spread=0.1):
+    return made("", 0, 0, gain, far, "tilt") | {"beta": beta, "effective": 20.0, "spread": spread}
 
 
 def test_equal_reward_is_read_off_the_curve():
-    rows = [made("a", 0, 10, 0.1, -0.01), made("a", 0, 20, 0.3, -0.05), made("a", 1, 10, 0.2, -0.02), made("a", 1, 20, 0.1, -0.5)]
-    marks = compare.curves(rows, "aesthetic")["nabla-R2D3, per step"]
-    assert compare.at_equal_reward(marks, 0.2, "alignment") == pytest.approx([-0.0276, -0.02], abs=1e-4)    # 2^(log 5 / log 3)
-    assert compare.at_equal_reward(marks, 0.2, "judged") == pytest.approx([15.486, 10], abs=1e-3)            # 2^(log 2 / log 3)
-    assert compare.at_equal_reward(marks, 0.1, "alignment") == pytest.approx([-0.01, -0.01])
-    assert compare.at_equal_reward(marks, 0.05, "alignment") == pytest.approx([-0.005, -0.005])     # from the untouched base
-    assert compare.at_equal_reward(marks, 0.25, "alignment") is None                                # one seed never got there
-    mean, half = compare.spread([1.0, 2.0, 6.0])
-    assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)                    # t for 2 degrees of freedom
-    assert "-0.024 ± 0.048" in compare.tables(rows)
-    sweep = compare.tables([row | {"experiment": "tune"} for row in rows if row["settings"]["seed"] == 0])
-    assert "| nabla-R2D3, per step | 13 | -0.018 |" in sweep and "| +0.300 |" in sweep
-    rising = [made("a", 0, 10, 0.1, 0.01), made("a", 0, 20, 0.3, -0.03)]        # no power law through a change of sign
-    assert compare.reached(rising, 0.2, "alignment") == pytest.approx(-0.01)
+    path = [made("DDPO", 0, 10, 0.1, 1.0), made("DDPO", 0, 20, 0.3, 5.0)]
+    assert tables.reached(path, 0.2, tables.kl) == pytest.approx(2 ** (math.log(5) / math.log(3)))
+    assert tables.reached(path, 0.05, tables.kl) == pytest.approx(0.5)                  # from the untouched base: a mean
+    assert tables.reached(path, 0.05, tables.kl, 2) == pytest.approx(0.25)              # and a squared distance
+    assert tables.reached(path, 0.4, tables.kl) is None
+    rising = [made("a", 0, 10, 0.1, 1.0), made("a", 0, 20, 0.3, -3.0)]                  # no power law through zero
+    assert tables.reached(rising, 0.2, tables.kl) == pytest.approx(-1.0)
+    mean, half = tables.mean_and_half([1.0, 2.0, 6.0])
+    assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)       # t for 2 degrees of freedom
+    rows = [*path, *(made("DDPO", 1, judged, gain, far) for judged, gain, far in ((10, 0.1, 1.0), (20, 0.2, 3.0))),
+            made("DDPO", 1, 40, 0.9, 9.0),                                              # a mark that seed 0 lacks
+            optimum(0.0, 0.0, 0.0), optimum(0.15, 0.5, 10.0)]
+    text = tables.tables(rows)
+    assert "| 1 sd | **exact tilt** | – | 0.33 | +0.005 | 0 |" in text
+    assert "| 1 sd | DDPO | 10 ± 0 | 1.0 ± 0.0 | +0.005 ± 0.000 |" in text and "| DDPO | beta 5sd | 20 |" in text
+    assert "| 2 sd | DDPO |" in text and "| 3 sd | DDPO" not in text                    # one seed never got there
+    lost = made("DDPO", 2, 10, 0.1, 1.0) | {"diverged": "nan"}
+    assert "| DDPO (1 of 3 diverged) |" in tables.comparison([*rows, lost], "aesthetic")
 
 
 def test_the_sweep_chooses_what_is_compared():
-    """Of every kind what loses least at +0.2 and what gets there first, of what gains a tenth more; else the largest gain."""
-    rows = [made("-", 0, mark, gain, lost, lr=lr) | {"experiment": "tune"} for lr, path in {
-        1e-4: [(20, 0.12, -0.004), (60, 0.25, -0.01)],
-        2e-4: [(10, 0.12, -0.008), (30, 0.25, -0.02)],
-        3e-4: [(5, 0.12, -0.001), (15, 0.21, -0.002)],                          # gains 0.2, but not a tenth more
-    }.items() for mark, gain, lost in path]
-    rows += [made("-", 0, 30, 0.05 * n, -0.01, method="ddpo", lr=n * 1e-4) | {"experiment": "tune"} for n in (1, 2)]
-    found = {settings["lr"] if settings["method"] == "nabla" else settings["method"]: (marks, reasons)
-             for settings, marks, reasons in compare.chosen(rows, "aesthetic")[2:]}     # after the two defaults
-    assert {name: reasons for name, (_, reasons) in found.items()} == {
-        1e-4: ["least lost"], 2e-4: ["fewest evaluations"], "ddpo": ["most gained"]}
-    assert found[2e-4][0] == [12, 16, 24, 32, 64]               # around 21 evaluations, and one late mark
-    trial = made("-", 0, 20, 0.1, -0.01, lr=2e-4)
-    more = [trial, trial | {"settings": trial["settings"] | {"seed": 1}}, trial | {"mark": 30}]
-    assert [[*marks] for marks in compare.curves([*rows, *more], "aesthetic").values()] == [[20]]     # of 30 a seed lacks
-    other = made("-", 0, 20, 0.1, -0.01, lr=9e-4)               # an earlier trial that the sweep did not choose
-    assert [*compare.curves([*rows, trial, other], "aesthetic")] == [compare.label(trial["settings"])]
+    """The strength that is closest to the prior where the reward has gained one deviation; else the largest gain."""
+    rows = [made("ReFL", 0, judged, gain, far, "tune", lr=lr) for lr, path in {
+        1e-4: [(20, 0.05, 0.1), (40, 0.06, 0.1)], 2e-4: [(20, 0.08, 0.4), (40, 0.2, 4.0)],
+        3e-4: [(20, 0.12, 2.0), (40, 0.3, 9.0)]}.items() for judged, gain, far in path]
+    assert tables.chosen(rows, "aesthetic", "ReFL") == {"beta": "5sd", "lr": 2e-4}
+    assert tables.chosen(rows[:5], "aesthetic", "ReFL") is None                         # the sweep is not complete
+    weak = [row | {"change": row["change"] | {"reward": row["change"]["reward"] / 10}} for row in rows]
+    assert tables.chosen(weak, "aesthetic", "ReFL")["lr"] == 3e-4
+    broken = [*rows[:2], *rows[4:], rows[2] | {"diverged": "nan"}]
+    assert tables.chosen(broken, "aesthetic", "ReFL")["lr"] == 3e-4
+    assert tables.chosen(rows, "aesthetic", "DRaFT") is None and tables.chosen(rows, "dnc", "ReFL") is None
+    again, = [trial for trial in compare.trials("compare", "aesthetic", [2], rows)]
+    assert again["settings"] == {"beta": "5sd", "lr": 2e-4, "seed": 2} and again["name"] == "ReFL"
+    other = made("ReFL", 0, 5, 0.1, 1.0, lr=9e-4)               # an earlier trial that the sweep did not choose
+    kept = made("ReFL", 0, 5, 0.1, 1.0, lr=2e-4)
+    assert tables.compared([*rows, other, kept], "aesthetic", "ReFL") == [[kept]]
 
 
-def test_one_object_has_no_diversity():
-    row = made("a", 0, 10, 0.1, -0.01)
-    assert compare.cell([row], "diversity") == "+0.000" and compare.cell([row | {"samples_per_prompt": 1}], "diversity") == "–"
+def test_nothing_may_lie_above_the_optimum():
+    curve = [optimum(0.0, 0.0, 0.0), optimum(0.1, 0.5, 10.0), optimum(0.2, 2.0, 20.0)]
+    honest, wrong, far = made("ReFL", 0, 5, 0.2, 2.5), made("ReFL", 1, 5, 0.2, 0.4), made("ReFL", 2, 5, 0.9, 1.9)
+    assert tables.above([*curve, honest, wrong, far], "aesthetic") == [wrong, far]
+
+
+def test_small_betas_are_held_against_the_tilt():
+    rows = [optimum(0.0, 0.0, 0.0), optimum(0.1, 0.5, 10.0)]
+    rows += [made("beta 1sd", 0, judged, gain, 1.0, "beta") | {"beta": 5.0} for judged, gain in ((64, 0.02), (128, 0.045))]
+    assert "| 5sd | +0.0500 | +0.0200 (64) | +0.0450 (128) |" in tables.small_betas(rows, "aesthetic")
 
 
 def test_the_committed_rows_are_the_claim(tmp_path):
-    """Three seeds of each method, every setting once, and the README's tables are made from them."""
-    rows = compare.read(compare.ROWS)
-    keys = [json.dumps([row[name] for name in ("experiment", "settings", "mark", "samples_per_prompt", "prompts")], sort_keys=True)
-            for row in rows]
-    assert len(set(keys)) == len(keys)
-    for seed in range(3):                                       # every trial of the comparison is there, to its last mark
-        for name, settings, marks in compare.trials("compare", "aesthetic", [seed], False, compare.ROWS):
-            found = [row["mark"] for row in rows if row["experiment"] == "compare" and row["settings"] == settings]
-            assert {*marks} <= {*found}, name
-    assert set(compare.ABLATIONS) <= {row["name"] for row in rows if row["experiment"] == "ablate"}
-    for reward in compare.BETA:                                 # every trial of the sweep is there
-        wanted = [settings for _, settings, _ in compare.trials("tune", reward, [0], False, compare.ROWS)]
-        there = [row["settings"] for row in rows if row["experiment"] == "tune"]
-        assert all(settings in there for settings in wanted), reward
-    assert {row["settings"]["reward"] for row in rows} == {"aesthetic", "hpsv2", "dnc"}
-    assert {(row["name"], row["settings"]["seed"]) for row in rows if row["experiment"] == "recipe"} == {
-        (f"--recipe {recipe}", seed) for recipe in ("fast", "paper") for seed in range(3)}
-    text, lines = (ROOT / "experiments/README.md").read_text(encoding="utf-8"), compare.tables(rows).splitlines()
-    for title in ("## 1.", "## 3.", "## 5."):
+    """Every trial is there once, nothing beats the optimum, and the README's tables are made from the rows."""
+    rows = tables.read(tables.ROWS, tables.base_hash())
+    keys = [json.dumps([row.get(name) for name in ("experiment", "name", "reward", "settings", "mark", "beta")],
+                       sort_keys=True) for row in rows]
+    assert len({*keys}) == len(keys) > 0
+    done = [reward for reward in compare.REWARDS if tables.of(rows, "compare", reward)]
+    assert "aesthetic" in done
+    for reward in compare.REWARDS:
+        assert len(tables.optimum(rows, reward)) > 3 and tables.above(rows, reward) == []
+    for reward in done:
+        for experiment in ("tune", "compare"):
+            found = compare.trials(experiment, reward, [0, 1, 2], rows)
+            assert len(found) == 15, (reward, experiment)
+            for trial in found:
+                there = [row for row in rows if trial.items() <= row.items()]
+                assert {*trial.marks} <= {row["mark"] for row in there} or any("diverged" in row for row in there), trial
+    text, lines = (ROOT / "experiments/README.md").read_text(encoding="utf-8"), tables.tables(rows).splitlines()
+    for title in ("## 3.", "## 5.", "## 6."):
         section = text.partition(title)[2].partition("\n## ")[0]
         quoted = [line for line in section.splitlines() if line.startswith("| ")]
-        assert len(quoted) >= 5 and set(quoted) <= set(lines), set(quoted) - set(lines)
-    compare.plot(rows, "aesthetic", tmp_path / "plot.png")
-    compare.plot_sweep(rows, tmp_path / "sweep.png")
-    assert min((tmp_path / name).stat().st_size for name in ("plot.png", "sweep.png")) > 20_000
-
-
-def test_the_first_table_is_the_committed_run():
-    """experiments/results/default.json is the summary.json of the README's first command."""
-    summary = json.loads((ROOT / "experiments/results/default.json").read_text(encoding="utf-8"))
-    names = {"reward": "**reward: colourfulness**", "alignment": "alignment: image-text cosine", "retrieved": "retrieval R@1",
-             "coverage": "alpha coverage", "dnc": "geometry: depth-normal consistency", "diversity": "diversity",
-             "fid_to_base": "FID to the base"}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for metric, name in names.items():
-        value = summary[metric]
-        after = f"{value['after']:.3f}" if metric != "reward" else f"**{value['after']:.3f}**"
-        low, high = value["ci95"]
-        assert f"| {name} | {value['before']:.3f} | {after} | {low:+.3f} .. {high:+.3f} |" in readme
+        assert len(quoted) >= 4 and {*quoted} <= {*lines}, {*quoted} - {*lines}
+    quality = json.loads(load_weights(ROOT / "support/shapes.safetensors")[1]["quality"])
+    quoted = [line for line in text.partition("## 1.")[2].partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert len(quoted) > 10 and {*quoted} <= {*tables.base_table(quality).splitlines()}
+    tables.plot(rows, tmp_path / "plot.png")

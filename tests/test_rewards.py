@@ -661,9 +661,9 @@ def test_a_long_list_loads_fast(tmp_path):
     """As long as G-Objaverse's, 83,296 lines; measured 0.03 s."""
     lines = [f"a wooden chair number {n} with brass fittings and a cushion" for n in range(83296)]
     (tmp_path / "long.txt").write_text("\n".join(lines) + "\n\n")
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert r2d3.load_prompts(str(tmp_path / "long.txt")) == lines
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("prompt", ["a red cube.", "a black/white cow, 1.5 m tall", "hpdv2 style chair", "x" * 900,

@@ -79,11 +79,11 @@ def test_the_curve_ends_where_few_samples_carry_the_weight():
     assert len(tilt.optimum(same, draw)) == 1                       # a reward that is the same for all tilts nothing
 
 
-def test_distance_at_equal_reward():
+def test_the_optimum_at_equal_reward():
     curve = [{"gain": 0.0, "alignment": 0.8}, {"gain": 0.1, "alignment": 0.7}, {"gain": 0.2, "alignment": 0.5}]
     assert tilt.at_gain(curve, 0.15)["alignment"] == pytest.approx(0.6)
-    assert tilt.distance_to_optimum(curve, 0.05, {"alignment": 0.65}) == pytest.approx({"alignment": -0.1})
-    assert tilt.at_gain(curve, 0.3) is None and tilt.distance_to_optimum(curve, 0.3, {"alignment": 1.0}) is None
+    assert tilt.at_gain(curve, 0.05)["alignment"] == pytest.approx(0.75)
+    assert tilt.at_gain(curve, 0.3) is None and tilt.at_gain(curve, -0.1) is None
 
 
 def test_histograms():
