@@ -372,7 +372,7 @@ def measured_row(world: World, reward: str) -> dict:
 
 
 def append(rows: Path, new: list[dict]) -> None:
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, encoding="utf-8")
     rows.parent.mkdir(parents=True, exist_ok=True)
     with open(rows, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row | {"commit": git.stdout.strip()}) + "\n" for row in new))

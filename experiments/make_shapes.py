@@ -920,7 +920,8 @@ def write_file(path: Path, parts: dict[str, torch.nn.Module], mean: Tensor, std:
              "guidance": GUIDANCE, "betas": BETAS, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
              "tower": TOWER, "normal": {}}
     try:
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True,
+                                encoding="utf-8").stdout.strip()
     except OSError:                                                                                # no git here
         commit = ""
     write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),

@@ -960,7 +960,7 @@ def test_the_page_is_escaped_and_needs_no_network(own):
 
 def test_prompts_do_not_leave_the_folder(base, tmp_path, monkeypatch):
     monkeypatch.setattr(r2d3, "load_base", lambda config, device: base)
-    monkeypatch.setattr(base.text, "tokens", lambda prompts: torch.ones(len(prompts), 9, dtype=torch.long))
+    monkeypatch.setattr(base.text, "tokens", lambda prompts: torch.ones(len(prompts), 14, dtype=torch.long))
     monkeypatch.setattr(r2d3, "rollout", lambda base, schedule, cond, *args, **more: torch.zeros(
         len(cond.embeds), *base.latent_shape))
     (tmp_path / "prompts.txt").write_text("../../etc/passwd\n/root/x\n..\\..\\x\nCON\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def test_everything_is_left_behind(two_epochs):
     rows = (out / "log.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 5 and rows[0].startswith("update,epoch,reward")
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/") == 3
+    words = re.sub("[A-Za-z0-9+/=]{200,}", "", page)           # base64, in which any four letters may follow each other
+    assert "http" not in words.replace("http-equiv", "") and page.count("data:image/") == 3
 
 
 def test_lora_loads_with_peft(two_epochs, prompt_files):
