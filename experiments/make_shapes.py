@@ -40,8 +40,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import r2d3  # noqa: E402
+import tilt  # noqa: E402
 from support import report, run, shapes, to_bytes, write_atomic  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
@@ -895,8 +896,8 @@ def measure_quality(base: r2d3.DiffSplat, held_out: dict, prompts: list[str], sa
                 quality[f"open_{key}"] = {"data": data}
                 for source in ("true", "samples"):
                     seen_as = histogram(names[source], said, which)
-                    quality[f"open_{key}"] |= {source: seen_as, f"total_variation_{source}": sum(
-                        abs(seen_as[name] - share) for name, share in data.items()) / 2}
+                    quality[f"open_{key}"] |= {source: seen_as,
+                                               f"total_variation_{source}": tilt.total_variation(seen_as, data)}
     quality |= {"prompts": len(prompts), "samples_per_prompt": samples, "elsewhere": []}
     few = max(2, samples["closed"] // 2)                            # other settings, on some of the closed prompts
     repeated = [prompt for prompt in prompts if group(parse_caption(prompt)) == "closed" for _ in range(few)][:15 * few]

@@ -93,10 +93,9 @@ def chosen(rows: list[dict], reward: str, name: str) -> dict | None:
     sweep of this method is not complete.
     """
     tried = [row for row in rows if row["experiment"] == "tune" and row["reward"] == reward and row["name"] == name]
-    settings = {json.dumps(row["settings"], sort_keys=True): row for row in tried}
-    complete = [row for row in settings.values() if "diverged" in row or row["mark"] == max(r["mark"] for r in tried)]
+    ends = [row for row in tried if "diverged" in row or row["mark"] == max(r["mark"] for r in tried)]
     found = paths([row for row in tried if "diverged" not in row])
-    if len(complete) < STRENGTHS or not found:
+    if len(paths(ends)) < STRENGTHS or not found:
         return None
     gain = CHOSEN_AT * found[0][0]["spread"]
 

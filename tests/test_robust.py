@@ -963,7 +963,7 @@ def test_prompts_do_not_leave_the_folder(base, tmp_path, monkeypatch):
     monkeypatch.setattr(base.text, "tokens", lambda prompts: torch.ones(len(prompts), 14, dtype=torch.long))
     monkeypatch.setattr(r2d3, "rollout", lambda base, schedule, cond, *args, **more: torch.zeros(
         len(cond.embeds), *base.latent_shape))
-    (tmp_path / "prompts.txt").write_text("../../etc/passwd\n/root/x\n..\\..\\x\nCON\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("../../etc/passwd\n/elsewhere/x\n..\\..\\x\nCON\n", encoding="utf-8")
     made = r2d3.sample(r2d3.Config(prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "in"), device="cpu",
                                    samples_per_prompt=1))
     assert len(made) == 4 and all(path.resolve().parent == (tmp_path / "in").resolve() for path in made)
