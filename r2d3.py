@@ -155,7 +155,7 @@ class Config:
     draft_steps: int = 1  # for --method draft: differentiate through the last K steps of the sampler; 0 is
     #   DRaFT-LV, the last step with several noises
     # [train cost] The loss of nabla-R2D3
-    beta: float | str | None = None  # the dial: strength of the reward against the prior; about 1e3 for
+    beta: float | str | None = None  # the dial: strength of the reward against the prior; hundreds for
     #   shapes, 1e6 to 1e7 for the paper's bases. Or relative: 2sd aims two standard deviations of the reward
     #   higher, as it spreads within a prompt
     reg_weight: float | None = None  # lambda: penalty on moving away from what the epoch's rollout predicted

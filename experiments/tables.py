@@ -3,7 +3,8 @@
     python experiments/tables.py                    # Markdown tables; results/compare.png
 
 Only rows of the embedded base as it is now count: every row holds the hash of the base that it was measured on. All
-changes are from the untouched base, on the same noise; means and 95% intervals (Student's t) over seeds.
+changes are from the untouched base, on the same noise; means and 95% intervals (Student's t) over seeds of training.
+All seeds are measured on the same prompts and noise: what another choice of those would change is not in the intervals.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def base_hash() -> str:
 
 def read(rows: Path, base: str | None = None) -> list[dict]:
     """All rows of a file, or those that were measured on one base."""
-    lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
-    return [row for row in map(json.loads, lines) if base in (None, row.get("base"))]
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True) if rows.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]         # not one that another process is writing
+    return [row for row in map(json.loads, whole) if base in (None, row.get("base"))]
 
 
 def of(rows: list[dict], experiment: str, reward: str, name: str | None = None) -> list[dict]:
@@ -68,7 +70,7 @@ def reached(path: list[dict], gain: float, value: Callable[[dict], float], power
     """What `value` of one trial was when its reward had gained `gain`; None where it never gained so much.
 
     Up to the first mark `value` grows like gain ** power: means move with beta as the reward does, distances with its
-    square. Between marks a power law through both, where the sign changes linear.
+    square. Between marks a power law through both; linear where one of the two is not positive or the sign changes.
     """
     start = 0.0, 0.0
     for row in path:
@@ -76,7 +78,7 @@ def reached(path: list[dict], gain: float, value: Callable[[dict], float], power
         if r0 <= gain <= r1 and r0 < r1:
             if r0 == 0:
                 return v1 * (gain / r1) ** power
-            if v0 * v1 > 0:
+            if r0 > 0 and v0 * v1 > 0:
                 return v0 * (gain / r0) ** (math.log(v1 / v0) / math.log(r1 / r0))
             return v0 + (v1 - v0) * (gain - r0) / (r1 - r0)
         start = r1, v1
@@ -84,33 +86,47 @@ def reached(path: list[dict], gain: float, value: Callable[[dict], float], power
 
 
 def kl(row: dict) -> float:
+    """The KL divergence of the whole sampler; a change of the last step, which is hardly seen, can be most of it."""
     return row["kl"]
+
+
+def kl_but_last(row: dict) -> float:
+    """The same up to the last step: of the latents before it."""
+    return row["kl_but_last"]
 
 
 def chosen(rows: list[dict], reward: str, name: str) -> dict | None:
     """The settings of a method that are compared, without the seed: of those in the sweep that gain CHOSEN_AT, the one
-    that is then closest to the prior (KL divergence); where none gains so much, the one that gains most. None while the
-    sweep of this method is not complete.
+    that is then closest to the prior (KL divergence before the last step); where none gains so much, the one that gains
+    most. Not one that diverged. None while the sweep of this method is not complete.
     """
     tried = [row for row in rows if row["experiment"] == "tune" and row["reward"] == reward and row["name"] == name]
     ends = [row for row in tried if "diverged" in row or row["mark"] == max(r["mark"] for r in tried)]
-    found = paths([row for row in tried if "diverged" not in row])
+    broken = [row["settings"] for row in tried if "diverged" in row]
+    found = paths([row for row in tried if row["settings"] not in broken])
     if len(paths(ends)) < STRENGTHS or not found:
         return None
     gain = CHOSEN_AT * found[0][0]["spread"]
 
     def merit(path: list[dict]) -> tuple[bool, float]:
-        far = reached(path, gain, kl, 2)
+        far = reached(path, gain, kl_but_last, 2)
         return (True, -far) if far is not None else (False, max(row["change"]["reward"] for row in path))
 
     return {key: value for key, value in max(found, key=merit)[0]["settings"].items() if key != "seed"}
 
 
-def compared(rows: list[dict], reward: str, name: str) -> list[list[dict]]:
-    """The comparison's trials of a method, one path per seed, with the marks that all of them have."""
+def trials_of(rows: list[dict], reward: str, name: str) -> list[dict]:
+    """All rows of the comparison of a method with the settings that the sweep chose, of every seed."""
     wanted = chosen(rows, reward, name)
-    found = paths([row for row in of(rows, "compare", reward, name)
-                   if wanted in (None, {key: value for key, value in row["settings"].items() if key != "seed"})])
+    return [row for row in rows if row["experiment"] == "compare" and row["reward"] == reward and row["name"] == name
+            and wanted in (None, {key: value for key, value in row["settings"].items() if key != "seed"})]
+
+
+def compared(rows: list[dict], reward: str, name: str) -> list[list[dict]]:
+    """The comparison's trials of a method, one path per seed that did not diverge, with the marks that all have."""
+    ours = trials_of(rows, reward, name)
+    broken = [row["settings"] for row in ours if "diverged" in row]
+    found = paths([row for row in ours if row["settings"] not in broken])
     common = set.intersection(*({row["mark"] for row in path} for path in found)) if found else set()
     return [path for path in ([row for row in path if row["mark"] in common] for path in found) if path]
 
@@ -129,8 +145,8 @@ def above(rows: list[dict], reward: str) -> list[dict]:
     """
     curve = optimum(rows, reward)
     wrong = []
-    for row in rows:
-        if row["reward"] != reward or row["experiment"] not in ("compare", "ablate", "beta") or "kl" not in row or not curve:
+    for row in rows if curve else []:
+        if row["reward"] != reward or row["experiment"] not in ("compare", "ablate", "beta") or "diverged" in row:
             continue
         gain = min(row["change"]["reward"] - 0.25 * row["spread"], curve[-1]["gain"])
         best = tilt.at_gain(curve, gain)
@@ -169,7 +185,10 @@ def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
 
 
 def strength(settings: dict) -> str:
-    return f"beta {settings['beta']}" if "beta" in settings else f"lr {settings['lr']:g}"
+    """What the sweep varies of a method."""
+    words = [f"{word} {settings[name]}" for name, word in (("beta", "beta"), ("reg_weight", "lambda"), ("lr", "lr"))
+             if name in settings]
+    return ", ".join(words)
 
 
 def comparison(rows: list[dict], reward: str) -> str:
@@ -177,21 +196,22 @@ def comparison(rows: list[dict], reward: str) -> str:
     curve, lines = optimum(rows, reward), []
     for name in LOOKS:
         last = [path[-1] for path in compared(rows, reward, name)]
-        lost = [row for row in rows if row["experiment"] == "compare" and row["reward"] == reward
-                and row["name"] == name and "diverged" in row]
+        lost = paths([row for row in trials_of(rows, reward, name) if "diverged" in row])
+        title = name + (f" ({len(lost)} of {len(last) + len(lost)} diverged)" if lost else "")
         if not last:
+            lines += [[title, strength(lost[0][0]["settings"])] + ["–"] * (5 + len(METRICS))] if lost else []
             continue
         best = [tilt.at_gain(curve, row["change"]["reward"]) for row in last]
-        title = name + (f" ({len(lost)} of {len(last) + len(lost)} diverged)" if lost else "")
-        lines.append([title, strength(last[0]["settings"]), f"{sum(row['judged'] for row in last) / len(last):.0f}",
+        lines.append([title, strength(last[0]["settings"]),
+                      *(f"{sum(row[count] for row in last) / len(last):.0f}" for count in ("judged", "updates")),
                       *(number([row["change"].get(metric) for row in last]) for metric in METRICS),
                       *(number([row[key] for row in last], ".1f") for key in ("kl", "kl_but_last")),
                       number([point and point["kl"] for point in best], ".2f")])
     for row in of(rows, "compare", reward)[:1]:
         values = (row["before"].get(metric) for metric in METRICS)
-        lines.insert(0, ["the base", "", "0", *(number([value], ".3f") for value in values), "0", "0", "0"])
-    columns = ["method", "strength", "evaluations", *METRICS.values(), "KL, at most (nats)", "without the last step",
-               "optimum's KL"]
+        lines.insert(0, ["the base", "", "0", "0", *(number([value], ".3f") for value in values), "0", "0", "0"])
+    columns = ["method", "strength", "evaluations", "updates", *METRICS.values(), "KL, at most (nats)",
+               "without the last step", "optimum's KL"]
     return table(f"{reward}: change from the base at the last mark", columns, lines)
 
 
@@ -210,27 +230,31 @@ def at_equal_reward(rows: list[dict], reward: str) -> str:
     for gain in (0.5, 1.0, 1.5, 2.0, 3.0):
         best = tilt.at_gain(curve, gain * spread)
         if best:
-            lines.append([f"{gain:g} sd", "**exact tilt**", "–", f"{best['kl']:.2f}", f"{best['fid_to_base']:+.3f}", "0",
-                          *(f"{best[metric]:+.3f}" for metric in PAID)])
+            lines.append([f"{gain:g} sd", "**exact tilt**", "–", f"{best['kl']:.2f}", "–",
+                          f"{best['fid_to_base']:+.3f}", "0", *(f"{best[metric]:+.3f}" for metric in PAID)])
         for name in LOOKS:
             line = paid_at(compared(rows, reward, name), gain * spread, best)
             if line:
                 lines.append([f"{gain:g} sd", name, *line])
     return table(f"{reward}: at equal reward (1 sd = {spread:.4f}, the reward's deviation within a prompt)",
-                 ["gained", "method", "evaluations", "KL, at most (nats)", METRICS["fid_to_base"],
-                  "distance to the optimum", *(METRICS[name] for name in PAID)], lines)
+                 ["gained", "method", "evaluations", "KL, at most (nats)", "without the last step",
+                  METRICS["fid_to_base"], "distance to the optimum", *(METRICS[name] for name in PAID)], lines)
 
 
 def paid_at(every: list[list[dict]], gain: float, best: dict | None) -> list[str]:
-    """The cells of a method in `at_equal_reward`, from its paths, one per seed; empty if some seed never gained it."""
+    """The cells of a method in `at_equal_reward`, from its paths, one per seed; or that some seed never gained it."""
     def seeds(value: Callable[[dict], float], power: float = 1.0) -> list[float | None]:
         return [reached(path, gain, value, power) for path in every]
 
     fid = seeds(lambda row: row["change"]["fid_to_base"], 2)
-    if not every or None in fid:
+    if not every:
         return []
+    if None in fid:
+        most = max(path[-1]["judged"] for path in every)
+        return [f"not by {most} ({fid.count(None)} of {len(fid)} seeds)", *["–"] * (4 + len(PAID))]
     distance = [value - best["fid_to_base"] for value in fid] if best else []
-    return [number(seeds(lambda row: row["judged"]), ".0f"), number(seeds(kl, 2), ".1f"), number(fid), number(distance),
+    return [number(seeds(lambda row: row["judged"]), ".0f"), number(seeds(kl, 2), ".1f"),
+            number(seeds(kl_but_last, 2), ".1f"), number(fid), number(distance),
             *(number(seeds(partial(changed, metric=metric))) for metric in PAID)]
 
 
@@ -290,17 +314,20 @@ def tables(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Gain, in deviations within a prompt, against KL divergence and against FID: one column per reward."""
+    """Gain, in deviations within a prompt, against KL divergence, all of it and without the sampler's last step, and
+    against FID: one column per reward.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     rewards = [*dict.fromkeys(row["reward"] for row in rows if row["experiment"] == "compare")]
-    figure = Figure(figsize=(3.6 * max(len(rewards), 1), 6.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * max(len(rewards), 1), 9.0), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, max(len(rewards), 1), squeeze=False)
+    panels = figure.subplots(3, max(len(rewards), 1), squeeze=False)
     for column, reward in zip(panels.T, rewards):
         curve = optimum(rows, reward)
         spread = curve[0]["spread"] if curve else 1.0
-        costs = {"KL divergence from the base (nats)": lambda row: row["kl"],
+        costs = {"KL from the base, at most (nats)": kl,
+                 "KL without the last step": lambda row: row.get("kl_but_last", row["kl"]),
                  "FID to the base": lambda row: (row["change"] if "change" in row else row)["fid_to_base"]}
         for axes, (title, cost) in zip(column, costs.items()):
             if curve:
@@ -313,8 +340,10 @@ def plot(rows: list[dict], path: Path) -> None:
                               label=None if number else name)
             axes.set(xlabel=title)
             axes.grid(alpha=0.3)
-        column[0].set(xscale="symlog", title=reward)
-        column[0].set_xlim(left=0)
+        column[0].set_title(reward)
+        for axes in column[:2]:
+            axes.set(xscale="symlog")
+            axes.set_xlim(left=0)
     for row in panels:
         row[0].set(ylabel="gain (sd within a prompt)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=9)

@@ -34,7 +34,8 @@ def world(tmp_path_factory):
 
 
 def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
-    empty = compare.metrics.Measurement(*[torch.zeros(1)] * len(compare.metrics.Measurement._fields))
+    fields = compare.metrics.Measurement._fields
+    empty = compare.metrics.Measurement(*[torch.zeros(compare.PROMPTS, 1, 4, 64)] * len(fields))
     some = {reward: torch.rand(2, 3) for reward in compare.REWARDS}
     monkeypatch.setattr(compare.World, "measure", lambda self, seed, prompts, samples: (empty, some))
     worlds = {unseen: compare.World(unseen, tmp_path) for unseen in (True, False)}
@@ -45,7 +46,8 @@ def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
     assert not {*judged} & {*test} and worlds[True].spread == worlds[False].spread
     kinds = [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in judged]
     assert [kinds.count(kind) for kind in ("closed", "open", "hard")] == [8, 8, 8]
-    assert len(list(tmp_path.glob("base-*.pt"))) == 6           # neither takes the other's base measurements
+    # Neither takes the other's measurements of the base: three of each, and the draws for the histograms.
+    assert len(list(tmp_path.glob("base-*.pt"))) == 3 + 16 + 3 + 1
 
 
 def test_every_method_is_tuned_alike():
@@ -184,15 +186,17 @@ def test_equal_reward_is_read_off_the_curve():
     assert tables.reached(path, 0.4, tables.kl) is None
     rising = [made("a", 0, 10, 0.1, 1.0), made("a", 0, 20, 0.3, -3.0)]                  # no power law through zero
     assert tables.reached(rising, 0.2, tables.kl) == pytest.approx(-1.0)
+    fallen = [made("a", 0, 10, -0.1, 1.0), made("a", 0, 20, 0.1, 3.0)]                  # nor one from a loss of reward
+    assert tables.reached(fallen, 0.05, tables.kl) == pytest.approx(2.5)
     mean, half = tables.mean_and_half([1.0, 2.0, 6.0])
     assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)       # t for 2 degrees of freedom
     rows = [*path, *(made("DDPO", 1, judged, gain, far) for judged, gain, far in ((10, 0.1, 1.0), (20, 0.2, 3.0))),
             made("DDPO", 1, 40, 0.9, 9.0),                                              # a mark that seed 0 lacks
             optimum(0.0, 0.0, 0.0), optimum(0.15, 0.5, 10.0)]
     text = tables.tables(rows)
-    assert "| 1 sd | **exact tilt** | – | 0.33 | +0.005 | 0 |" in text
-    assert "| 1 sd | DDPO | 10 ± 0 | 1.0 ± 0.0 | +0.005 ± 0.000 |" in text and "| DDPO | beta 5sd | 20 |" in text
-    assert "| 2 sd | DDPO |" in text and "| 3 sd | DDPO" not in text                    # one seed never got there
+    assert "| 1 sd | **exact tilt** | – | 0.33 | – | +0.005 | 0 |" in text
+    assert "| 1 sd | DDPO | 10 ± 0 | 1.0 ± 0.0 | 0.5 ± 0.0 | +0.005 ± 0.000 |" in text
+    assert "| DDPO | beta 5sd | 20 | 20 |" in text and "| 3 sd | DDPO | not by 20 (2 of 2 seeds) |" in text
     lost = made("DDPO", 2, 10, 0.1, 1.0) | {"diverged": "nan"}
     assert "| DDPO (1 of 3 diverged) |" in tables.comparison([*rows, lost], "aesthetic")
 
@@ -206,7 +210,7 @@ def test_the_sweep_chooses_what_is_compared():
     assert tables.chosen(rows[:5], "aesthetic", "ReFL") is None                         # the sweep is not complete
     weak = [row | {"change": row["change"] | {"reward": row["change"]["reward"] / 10}} for row in rows]
     assert tables.chosen(weak, "aesthetic", "ReFL")["lr"] == 3e-4
-    broken = [*rows[:2], *rows[4:], rows[2] | {"diverged": "nan"}]
+    broken = [*rows[:3], *rows[4:], rows[3] | {"diverged": "nan"}]     # at its last mark
     assert tables.chosen(broken, "aesthetic", "ReFL")["lr"] == 3e-4
     assert tables.chosen(rows, "aesthetic", "DRaFT") is None and tables.chosen(rows, "dnc", "ReFL") is None
     again, = [trial for trial in compare.trials("compare", "aesthetic", [2], rows)]
