@@ -943,7 +943,7 @@ def main() -> None:
     size = ({"data": 24, "more": 32, "held_out": 8, "ae": 4, "pictures": 1, "tower": 3, "normal": 3, "latents": 1,
              "denoiser": 4, "samples": {"closed": 2, "open": 2, "hard": 2}, "prompts": 2} if args.quick else
             {"data": 3000, "more": 8000, "held_out": 200, "ae": 7500, "pictures": 1, "tower": 5000, "normal": 1500,
-             "latents": 3, "denoiser": 24000, "samples": {"closed": 16, "open": 16, "hard": 8}, "prompts": 30})
+             "latents": 3, "denoiser": 34000, "samples": {"closed": 16, "open": 16, "hard": 8}, "prompts": 30})
     minutes = {stage: share * args.minutes for stage, share in
                {"ae": 0.27, "tower": 0.14, "normal": 0.04, "denoiser": 0.55}.items()}
     folder = args.work if args.quick else ROOT / "prompts"
