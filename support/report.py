@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -99,16 +100,15 @@ def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes
 def labelled(images: Tensor, captions: list[str], columns: int) -> Image.Image:
     """(n, 3, H, W) in [0, 1], each with its caption below, in rows of `columns`."""
     n, _, H, W = images.shape
-    rows, line = -(-n // columns), H + 28
+    below = ["\n".join(textwrap.wrap(caption, max(W // 6, 1))) for caption in captions]      # a letter is 6 pixels wide
+    rows, line = -(-n // columns), H + 4 + 12 * max(text.count("\n") + 1 for text in below)
     picture = Image.new("RGB", (columns * W, rows * line), "white")
     draw = ImageDraw.Draw(picture)
-    for k, (image, caption) in enumerate(zip(images.detach().cpu().clamp(0, 1), captions)):
+    for k, (image, text) in enumerate(zip(images.detach().cpu().clamp(0, 1), below)):
         x, y = k % columns * W, k // columns * line
         picture.paste(Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()), (x, y))
-        words = caption.split()
-        half = (len(words) + 1) // 2
-        draw.multiline_text((x + W // 2, y + H), " ".join(words[:half]) + "\n" + " ".join(words[half:]), fill="black",
-                            anchor="ma", align="center", spacing=1, font_size=10)
+        draw.multiline_text((x + W // 2, y + H), text, fill="black", anchor="ma", align="center", spacing=1,
+                            font_size=10)
     return picture
 
 
