@@ -253,8 +253,10 @@ def paid_at(every: list[list[dict]], gain: float, best: dict | None) -> list[str
         most = max(path[-1]["judged"] for path in every)
         return [f"not by {most} ({fid.count(None)} of {len(fid)} seeds)", *["–"] * (4 + len(PAID))]
     distance = [value - best["fid_to_base"] for value in fid] if best else []
-    return [number(seeds(lambda row: row["judged"]), ".0f"), number(seeds(kl, 2), ".1f"),
-            number(seeds(kl_but_last, 2), ".1f"), number(fid), number(distance),
+    judged = [max(path[0]["judged"], reached(path, gain, lambda row: row["judged"])) for path in every]
+    before_first = any(path[0]["change"]["reward"] > gain for path in every)        # then its cost is not known exactly
+    return [("at most " if before_first else "") + number(judged, ".0f"),
+            number(seeds(kl, 2), ".1f"), number(seeds(kl_but_last, 2), ".1f"), number(fid), number(distance),
             *(number(seeds(partial(changed, metric=metric))) for metric in PAID)]
 
 
@@ -285,10 +287,11 @@ def at_beta(curve: list[dict], beta: float) -> float | None:
 
 def trials_table(rows: list[dict], experiment: str, reward: str) -> str:
     """Every row of the sweep or of the ablations."""
-    lines = [[row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]), f"{row['kl']:.2f}",
+    lines = [[row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
+              *(f"{row[key]:.1f}" for key in ("kl", "kl_but_last")),
               *(f"{row['change'][metric]:+.3f}" for metric in METRICS)] for row in of(rows, experiment, reward)]
     return table(f"{reward}: {experiment}", ["trial", "strength", "evaluations", "updates", "KL, at most (nats)",
-                                                *METRICS.values()], lines)
+                                                "without the last step", *METRICS.values()], lines)
 
 
 def base_table(quality: dict) -> str:
@@ -315,37 +318,38 @@ def tables(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Gain, in deviations within a prompt, against KL divergence, all of it and without the sampler's last step, and
-    against FID: one column per reward.
+    against FID: one row per reward. Faint: all strengths of the sweep.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     rewards = [*dict.fromkeys(row["reward"] for row in rows if row["experiment"] == "compare")]
-    figure = Figure(figsize=(3.6 * max(len(rewards), 1), 9.0), layout="constrained")
+    figure = Figure(figsize=(11.0, 0.6 + 3.0 * max(len(rewards), 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(3, max(len(rewards), 1), squeeze=False)
-    for column, reward in zip(panels.T, rewards):
+    panels = figure.subplots(max(len(rewards), 1), 3, squeeze=False)
+    for row, reward in zip(panels, rewards):
         curve = optimum(rows, reward)
         spread = curve[0]["spread"] if curve else 1.0
         costs = {"KL from the base, at most (nats)": kl,
                  "KL without the last step": lambda row: row.get("kl_but_last", row["kl"]),
                  "FID to the base": lambda row: (row["change"] if "change" in row else row)["fid_to_base"]}
-        for axes, (title, cost) in zip(column, costs.items()):
+        for axes, (title, cost) in zip(row, costs.items()):
             if curve:
                 axes.plot([cost(point) for point in curve], [point["gain"] / spread for point in curve], "k-",
                           linewidth=2.5, label="exact tilt (optimum)")
             for name, (color, marker) in LOOKS.items():
+                for trial in paths(of(rows, "tune", reward, name)):
+                    x, y = zip(*((cost(row), row["change"]["reward"] / spread) for row in trial))
+                    axes.plot(x, y, color=color, marker=".", linewidth=0.6, markersize=3, alpha=0.35)
                 for number, trial in enumerate(compared(rows, reward, name)):
                     x, y = zip((0, 0), *((cost(row), row["change"]["reward"] / spread) for row in trial))
                     axes.plot(x, y, color=color, marker=marker, linewidth=1, markersize=4,
                               label=None if number else name)
             axes.set(xlabel=title)
             axes.grid(alpha=0.3)
-        column[0].set_title(reward)
-        for axes in column[:2]:
+        row[0].set(ylabel=f"{reward}: gain (sd within a prompt)")
+        for axes in row[:2]:
             axes.set(xscale="symlog")
             axes.set_xlim(left=0)
-    for row in panels:
-        row[0].set(ylabel="gain (sd within a prompt)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=9)
     write_atomic(path, to_bytes(partial(figure.savefig, format="png", dpi=110)))
 

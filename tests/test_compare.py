@@ -195,6 +195,7 @@ def test_equal_reward_is_read_off_the_curve():
             optimum(0.0, 0.0, 0.0), optimum(0.15, 0.5, 10.0)]
     text = tables.tables(rows)
     assert "| 1 sd | **exact tilt** | – | 0.33 | – | +0.005 | 0 |" in text
+    assert "| 0.5 sd | DDPO | at most 10 ± 0 | 0.2" in text
     assert "| 1 sd | DDPO | 10 ± 0 | 1.0 ± 0.0 | 0.5 ± 0.0 | +0.005 ± 0.000 |" in text
     assert "| DDPO | beta 5sd | 20 | 20 |" in text and "| 3 sd | DDPO | not by 20 (2 of 2 seeds) |" in text
     lost = made("DDPO", 2, 10, 0.1, 1.0) | {"diverged": "nan"}
