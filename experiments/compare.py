@@ -37,7 +37,6 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ import make_shapes
 import r2d3
 import tables
 import tilt
-from support import metrics, to_bytes, write_atomic
+from support import metrics, report, to_bytes, write_atomic
 
 ROWS, WORK = ROOT / "experiments/results/compare.jsonl", ROOT / "runs/compare"
 REWARDS = ["aesthetic", "hpsv2", "normal", "dnc"]
@@ -387,10 +386,10 @@ def measured_row(world: World, reward: str) -> dict:
 
 
 def append(rows: Path, new: list[dict]) -> None:
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, encoding="utf-8")
+    commit = report.git_commit()
     rows.parent.mkdir(parents=True, exist_ok=True)
     with open(rows, "ab", buffering=0) as file:             # in one go: another process may be reading
-        file.write("".join(json.dumps(row | {"commit": git.stdout.strip()}) + "\n" for row in new).encode())
+        file.write("".join(json.dumps(row | {"commit": commit}) + "\n" for row in new).encode())
 
 
 def main() -> None:

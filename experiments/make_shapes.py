@@ -27,7 +27,6 @@ import contextlib
 import json
 import math
 import random
-import subprocess
 import sys
 import time
 import zlib
@@ -920,13 +919,8 @@ def write_file(path: Path, parts: dict[str, torch.nn.Module], mean: Tensor, std:
     about = {"net": NET, "vae": VAE, "vocab": VOCAB, "max_length": MAX_LENGTH, "prediction_type": "v_prediction",
              "guidance": GUIDANCE, "betas": BETAS, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
              "tower": TOWER, "normal": {}}
-    try:
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True,
-                                encoding="utf-8").stdout.strip()
-    except OSError:                                                                                # no git here
-        commit = ""
     write_atomic(path, save(state, {"config": json.dumps(about), "quality": json.dumps(quality),
-                                         "source": f"experiments/make_shapes.py at commit {commit or 'unknown'}"}))
+                                    "source": f"experiments/make_shapes.py at commit {report.git_commit()}"}))
 
 
 def main() -> None:

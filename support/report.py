@@ -143,16 +143,21 @@ def picture_rows(images: Tensor) -> Image.Image:
     return Image.fromarray((flat * 255).round().byte().numpy())
 
 
+def git_commit() -> str | None:
+    """The commit of this code, "-dirty" where it was changed; None where there is no git or no repository."""
+    with contextlib.suppress(OSError):                          # no git here
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, encoding="utf-8", errors="replace")
+        return git.stdout.strip() or None
+    return None
+
+
 def describe(config: dict, scorer: str) -> dict:
     """What config.json holds: every setting, and with what and by whom the run was made."""
     names = ("torch", "diffusers", "peft", "triton", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    git = None
-    with contextlib.suppress(OSError):                          # no git here
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, encoding="utf-8", errors="replace").stdout.strip() or None
     gpu = torch.cuda.get_device_name(config["device"]) if config["device"].startswith("cuda") else None
-    return {"config": config, "scorer": scorer, "command": sys.argv, "seed": config["seed"], "git_commit": git,
+    return {"config": config, "scorer": scorer, "command": sys.argv, "seed": config["seed"], "git_commit": git_commit(),
             "gpu": gpu, "versions": {"python": sys.version.split()[0], **versions}}
 
 
