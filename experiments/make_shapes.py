@@ -12,7 +12,7 @@ prompts histograms of colours and shapes within a total variation of 0.1 of the 
 the file that is here reaches.
 
 Every stage leaves its result in the work folder and is skipped when that is there, so a stopped run goes on where it
-was (training goes on from a checkpoint that is at most two minutes old). Stages:
+was (training goes on from a checkpoint that is at most half a minute old). Stages:
 
     data      signed-distance shapes, sphere-traced into DiffSplat's splat grids; colours are applied on the fly
     ae        the 12-channel autoencoder (diffusers AutoencoderKL), one view at a time
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,6 +263,11 @@ def scene_distance(p: Tensor, rows: Tensor, table: tuple[Tensor, Tensor]) -> tup
     return best, nearest, own
 
 
+def input_cameras() -> Tensor:
+    """c2w (4, 4, 4) of the four views, on the default device."""
+    return r2d3.input_cameras(1, torch.get_default_device())[0][0]
+
+
 def trace(scenes: list[dict], line: Tensor | None = None) -> dict[str, Tensor]:
     """Sphere-trace every scene from the four cameras. (n, 4, G, G): hit, z, part; (.., 3): world normal, own;
     (.., 2): across.
@@ -271,11 +277,11 @@ def trace(scenes: list[dict], line: Tensor | None = None) -> dict[str, Tensor]:
     """
     line = torch.linspace(-0.5, 0.5, GRID) if line is None else line
     shape = (len(scenes), 4, len(line), len(line))
-    c2w, _ = r2d3.input_cameras(1)
+    c2w = input_cameras()
     y, x = torch.meshgrid(line / r2d3.FXFY, line / r2d3.FXFY, indexing="ij")
-    rays = torch.einsum("vij,hwj->vhwi", c2w[0, :, :3, :3], torch.stack([x, y, torch.ones_like(x)], -1))
+    rays = torch.einsum("vij,hwj->vhwi", c2w[:, :3, :3], torch.stack([x, y, torch.ones_like(x)], -1))
     rays = rays.expand(*shape, 3).reshape(-1, 3)
-    origin = c2w[0, None, :, None, None, :3, 3].expand(*shape, 3).reshape(-1, 3)
+    origin = c2w[None, :, None, None, :3, 3].expand(*shape, 3).reshape(-1, 3)
     rows = torch.arange(len(scenes)).repeat_interleave(len(rays) // len(scenes))
     table, z, length = scene_table(scenes), torch.full((len(rays),), 0.75), rays.norm(dim=-1)
     going = torch.arange(len(rays))                                 # rays that have neither arrived nor left
@@ -296,7 +302,7 @@ def trace(scenes: list[dict], line: Tensor | None = None) -> dict[str, Tensor]:
     normal = F.normalize(normal, dim=-1)
     # How far a splat reaches over the surface along its two axes: over the gap to its neighbours, which is wide where
     # the surface is seen at a low angle, but not over an edge, where the distance to the scene grows.
-    R = c2w[0, :, :3, :3].repeat_interleave(len(line) ** 2, 0).repeat(len(scenes), 1, 1)[on]
+    R = c2w[:, :3, :3].repeat_interleave(len(line) ** 2, 0).repeat(len(scenes), 1, 1)[on]
     n = in_front(torch.einsum("pij,pi->pj", R, normal[on]))
     pixel = z[on] / (r2d3.FXFY * (GRID - 1))
     across = torch.zeros(len(p), 2)
@@ -335,7 +341,7 @@ def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
 
 def camera_quaternions() -> Tensor:
     """(4, 4) wxyz of the input cameras' rotations."""
-    R = r2d3.input_cameras(1)[0][0, :, :3, :3]
+    R = input_cameras()[:, :3, :3]
     w = (1 + R.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0).sqrt() / 2
     q = []
     for matrix, real in zip(R, w):
@@ -355,7 +361,7 @@ def camera_quaternions() -> Tensor:
 def geometry_channels(traced: dict[str, Tensor]) -> Tensor:
     """(n, 4, 12, GRID, GRID) in [-1, 1] with colours still empty (background: white, tiny, transparent, facing us)."""
     hit, z, normal = traced["hit"], traced["z"].float(), traced["normal"].float()
-    R = r2d3.input_cameras(1)[0][0, :, :3, :3]
+    R = input_cameras()[:, :3, :3]
     facing = torch.tensor([0.0, 0.0, -1.0])
     n = torch.where(hit[..., None], torch.einsum("vij,bvhwi->bvhwj", R, normal), facing)          # camera space
     n = in_front(n)
@@ -405,7 +411,7 @@ def colored(traced: dict[str, Tensor], colors: list[list[str]], rng: random.Rand
                 where = (bands, segments, bands ^ segments)[pattern - 1]
                 tone = torch.where(where[..., None], second, first)
             rgb[n] = torch.where((traced["part"][n] == slot)[..., None], tone, rgb[n])
-    light = 0.7 + 0.36 * (traced["normal"].float() @ LIGHT).clamp(min=0)
+    light = 0.7 + 0.36 * (traced["normal"].float() @ LIGHT.to(rgb)).clamp(min=0)
     return torch.where(traced["hit"][..., None], (rgb * light[..., None]).clamp(0, 1), 1.0)
 
 
@@ -430,7 +436,10 @@ def make_data(work: Path, count: int, seed: int) -> dict:
 
 
 def trace_all(scenes: list[dict]) -> dict:
-    chunks = [trace(scenes[n:n + 32]) for n in tqdm(range(0, len(scenes), 32), desc="tracing")]
+    """{"scenes", "traced"} of many scenes: computed on the default device, kept on the CPU."""
+    at_once = 32 if torch.get_default_device().type == "cpu" else 512
+    chunks = [{key: tensor.cpu() for key, tensor in trace(scenes[n:n + at_once]).items()}
+              for n in tqdm(range(0, len(scenes), at_once), desc="tracing")]
     return {"scenes": scenes, "traced": {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}}
 
 
@@ -458,11 +467,12 @@ class Stage:
     def __init__(self, work: Path, name: str, model: torch.nn.Module, steps: int, minutes: float, lr: float,
                  ema: float):
         self.path, self.name, self.model, self.steps, self.lr = work / f"{name}.pt", name, model, steps, lr
+        self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         self.minutes, self.decay, self.step, self.seconds, self.progress, self.loss = minutes, ema, 0, 0.0, 0.0, 0.0
         self.average = {key: value.clone() for key, value in model.state_dict().items()}
         if self.path.is_file():
-            state = torch.load(self.path, weights_only=True)
+            state = torch.load(self.path, weights_only=True, map_location=self.device)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
@@ -473,31 +483,60 @@ class Stage:
                  "optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "progress": self.progress}
         write_atomic(self.path, to_bytes(lambda file: torch.save(state, file)))
 
+    def gradients(self, loss_of: Callable, *numbers: random.Random | torch.Generator | None) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = loss_of(*numbers)
+        loss.backward()
+        return loss.detach()
+
+    def captured(self, loss_of: Callable) -> Callable:
+        """gradients() as one CUDA graph, because most of a step of so small a network is launching kernels.
+
+        Its random numbers are the GPU's own: loss_of gets None for its two sources.
+        """
+        torch.cuda.manual_seed(self.step)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.gradients(loss_of, None, None)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(graph):
+            loss = self.gradients(loss_of, None, None)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
     def run(self, loss_of: Callable) -> None:
         """Train to the end: loss_of(rng, generator) -> loss. Warm-up, then constant, then down over the last third."""
         saved, begun = time.time(), time.time() - self.seconds
+        values = self.model.state_dict()
+        floats = [key for key, value in values.items() if value.is_floating_point()]
+        replay = self.captured(loss_of) if self.device.type == "cuda" and self.progress < 1 else None
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
         while self.progress < 1:
             rate = self.lr * min(1, (self.step + 1) / 200) * min(1, 3 * (1 - self.progress) + 0.01)
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
             rng, generator = random.Random(f"{self.name}{self.step}"), r2d3.seeded(self.step)
-            loss = loss_of(rng, generator)
-            self.optimizer.zero_grad()
-            loss.backward()
+            loss = replay() if replay else self.gradients(loss_of, rng, generator)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
-            decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                for key, value in self.model.state_dict().items():
-                    self.average[key].lerp_(value, 1 - decay) if value.is_floating_point() else None
-            self.loss = 0.99 * self.loss + 0.01 * loss.item() if self.step > 1 else loss.item()
+            follow = get_ema_multi_avg_fn(min(self.decay, (1 + self.step) / (10 + self.step)))
+            follow([self.average[key] for key in floats], [values[key] for key in floats], self.step)
+            if self.step % 20 == 1:                                 # a GPU is not waited for at every step
+                self.loss = 0.8 * self.loss + 0.2 * loss.item() if self.step > 1 else loss.item()
             self.seconds = time.time() - begun
             self.progress = max(self.step / self.steps, self.seconds / (60 * self.minutes))
             bar.update()
             bar.set_postfix(loss=f"{self.loss:.4f}", progress=f"{self.progress:.3f}", refresh=False)
-            if time.time() - saved > 120 or self.progress >= 1:
+            if time.time() - saved > 30 or self.progress >= 1:
                 saved = time.time()
                 self.save()
         self.model.load_state_dict(self.average)
@@ -622,12 +661,13 @@ def attention_in_float32() -> Iterator[None]:
         F.scaled_dot_product_attention = stock
 
 
-def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shapes.ImageTextTower:
+def train_tower(work: Path, make: Callable, steps: int, minutes: float) -> shapes.ImageTextTower:
     """Contrastive: every picture finds its caption in the batch's, and among its own with one word changed."""
     torch.manual_seed(1)
     tower = shapes.ImageTextTower(shapes.WordTable(VOCAB, TOWER["dim"], MAX_LENGTH), **TOWER)
     stage = Stage(work, "tower", tower, steps, minutes, 1.5e-3, ema=0.998)
 
+    pictures = make() if stage.progress < 1 else {"parts": []}
     often = [len(parts) ** 2 for parts in pictures["parts"]]        # small objects in a stack are the hard ones
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
@@ -666,11 +706,12 @@ def train_tower(work: Path, pictures: dict, steps: int, minutes: float) -> shape
     return tower
 
 
-def train_normals(work: Path, pictures: dict, steps: int, minutes: float) -> shapes.NormalEstimator:
+def train_normals(work: Path, make: Callable, steps: int, minutes: float) -> shapes.NormalEstimator:
     """Cosine loss on the object's pixels."""
     torch.manual_seed(2)
     estimator = shapes.NormalEstimator()
     stage = Stage(work, "normal", estimator, steps, minutes, 2e-3, ema=0.998)
+    pictures = make() if stage.progress < 1 else None
 
     def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
         rows = rng.choices(range(len(pictures["parts"])), k=16)
@@ -697,23 +738,30 @@ STEPS, GUIDANCE = 30, 1.0                   # STEPS is also `steps` of shapes in
 
 @torch.no_grad()
 def make_latents(work: Path, make: Callable, vae: torch.nn.Module, times: int) -> dict:
-    """Latents (n, 4, 8, h, w) and parts of every scene in `times` colourings, training combinations only."""
+    """Latents (n, 4, 8, h, w) and parts of every scene in `times` colourings, training combinations only.
+
+    Computed on the default device, kept on the CPU."""
     path = work / "latents.pt"
     if path.is_file():
         return torch.load(path, weights_only=False)
     data, rng, latents, every = make(), random.Random("latents"), [], []
+    device = torch.get_default_device()
+    data["traced"] = {key: tensor.to(device) for key, tensor in data["traced"].items()}
+    vae.to(device)
     for _ in range(times):
         for start in tqdm(range(0, len(data["scenes"]), 32), desc="latents"):
             grids, parts = draw_scenes(data, list(range(start, min(start + 32, len(data["scenes"])))), rng, True)
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(vae.encode(grids.flatten(0, 1)).latent_dist.mode().unflatten(0, (-1, 4)).half())
+            with torch.autocast(device.type, torch.bfloat16):
+                latents.append(vae.encode(grids.flatten(0, 1)).latent_dist.mode().unflatten(0, (-1, 4)).half().cpu())
             every += parts
+    vae.cpu()
     out = {"latents": torch.cat(latents), "parts": every}
     write_atomic(path, to_bytes(lambda file: torch.save(out, file)))
     return out
 
 
-def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor) -> tuple[r2d3.DiffSplat, torch.nn.Module]:
+def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor,
+             device: str) -> tuple[r2d3.DiffSplat, torch.nn.Module]:
     """An untrained `shapes`, and the module that holds what is to be trained: network and words."""
     from diffusers import PixArtTransformer2DModel
     torch.manual_seed(3)
@@ -721,40 +769,54 @@ def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor) -> tuple[r2d3.Diff
     torch.nn.init.zeros_(net.proj_out.weight)
     torch.nn.init.zeros_(net.proj_out.bias)
     torch.nn.init.normal_(net.adaln_single.linear.weight, std=0.02)
-    base = r2d3.DiffSplat(net, vae, text, image_size=GRID, prediction_type="v_prediction", guidance=GUIDANCE,
-                          latent_mean=mean, latent_std=std, betas=BETAS, scale_range=SCALE_RANGE,
+    base = r2d3.DiffSplat(net, vae, text.to(device), image_size=GRID, prediction_type="v_prediction",
+                          guidance=GUIDANCE, latent_mean=mean, latent_std=std, betas=BETAS, scale_range=SCALE_RANGE,
                           depth_scale=DEPTH_SCALE, half_image_shift=False, eval_size=64,
-                          lora_targets=shapes.LORA_TARGETS, device="cpu")
+                          lora_targets=shapes.LORA_TARGETS, device=device)
     return base, torch.nn.ModuleDict({"net": net.requires_grad_(True), "text": text})
 
 
-def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, minutes: float,
-                   compiled: bool = False) -> tuple:
-    from diffusers import DDIMScheduler
-    every = latents["latents"].float()
-    # One scale for all channels: some hold next to nothing, and to blow them up would make the network learn noise.
-    mean = every.mean((0, 1, 3, 4))
-    std = (every - mean.view(-1, 1, 1)).square().mean().sqrt().expand(len(mean)).clone()
-    base, module = new_base(vae, mean, std)
-    stage = Stage(work, "denoiser", module, steps, minutes, 1.2e-3, ema=0.999)
-    alphas, batch = DDIMScheduler(**BETAS).alphas_cumprod.sqrt(), 32
+def draw_captions(every: list[list[Part]], text: shapes.WordTable, times: int) -> Tensor:
+    """Word numbers (n, times, MAX_LENGTH), uint8: training captions of n scenes, drawn ahead."""
+    rng = random.Random("captions")
+    said = [caption(training_caption(parts, rng)) for parts in every for _ in range(times)]
+    return torch.cat([text.tokens(said[n:n + 1000]).byte().cpu()
+                      for n in range(0, len(said), 1000)]).unflatten(0, (-1, times))
 
-    def loss_of(rng: random.Random, generator: torch.Generator) -> Tensor:
-        rows = rng.choices(range(len(every)), k=batch)
-        x0 = (every[rows] - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        t = (1000 * (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).long()      # stratified
-        noise = torch.randn(x0.shape, generator=generator)
+
+def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, minutes: float,
+                   compiled: bool = False, device: str = "cpu") -> tuple:
+    """Squared error of v, at stratified noise levels; a tenth of the captions is left out."""
+    from diffusers import DDIMScheduler
+    every = latents["latents"]
+    # One scale for all channels: some hold next to nothing, and to blow them up would make the network learn noise.
+    mean = every.float().mean((0, 1, 3, 4))
+    std = (every - mean.view(-1, 1, 1)).square().mean().sqrt().expand(len(mean)).clone()
+    base, module = new_base(vae, mean, std, device)
+    gpu = base.device.type == "cuda"
+    batch, rate = (256, 1.8e-3) if gpu else (32, 1.2e-3)            # a GPU takes both in about the same time
+    stage = Stage(work, "denoiser", module, steps, minutes, rate, ema=0.999)
+    alphas, captions = DDIMScheduler(**BETAS).alphas_cumprod.sqrt().to(device), 4
+    tokens, every = draw_captions(latents["parts"], base.text, captions).to(device), every.to(device)
+
+    def loss_of(rng: random.Random | None, generator: torch.Generator | None) -> Tensor:
+        source = {"generator": generator, "device": device}
+        rows = torch.randint(len(every), (batch,), **source)
+        x0 = (every[rows].float() - base.latent_mean) / base.latent_std
+        t = (1000 * (torch.arange(batch, device=device) + torch.rand(batch, **source)) / batch).long()  # stratified
+        noise = torch.randn(x0.shape, **source)
         alpha = r2d3.per_sample(alphas[t], x0)
         x = alpha * x0 + (1 - alpha ** 2).sqrt() * noise
-        captions = [training_caption(latents["parts"][row], rng) for row in rows]
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.progress < 0.95):
-            cond = base.encode(["" if rng.random() < 0.1 else caption(parts) for parts in captions])
-            eps = base.predict(x, t, cond)
+        words = tokens[rows, torch.randint(captions, (batch,), **source)].long()
+        words = words * (torch.rand(batch, 1, **source) > 0.1)
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=gpu or stage.progress < 0.95,
+                            cache_enabled=not gpu):
+            eps = base.predict(x, t, r2d3.Cond(*base.text.embed(words)))
         return ((eps - noise) / alpha).square().mean()              # = the squared error of v
 
     if compiled:
         base.net.forward = torch.compile(base.net.forward)
-    with attention_in_float32():
+    with contextlib.nullcontext() if gpu else attention_in_float32():
         stage.run(loss_of)
     vars(base.net).pop("forward", None)
     return base, module
@@ -930,6 +992,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: a test of the script")
     parser.add_argument("--until", choices=["ae", "judges", "denoiser", "end"], default="end", help="stop after this")
     parser.add_argument("--minutes", type=float, default=math.inf, help="let the training end by the clock; any number")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, or cuda for the denoiser and its data; by default a GPU where there is one")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: a fifth faster, needs g++")
     args = parser.parse_args()
     args.work = args.work or ROOT / ("runs/quick_shapes" if args.quick else "runs/make_shapes")
@@ -938,6 +1002,8 @@ def main() -> None:
              "denoiser": 4, "samples": {"closed": 2, "open": 2, "hard": 2}, "prompts": 2} if args.quick else
             {"data": 3000, "more": 8000, "held_out": 200, "ae": 7500, "pictures": 1, "tower": 5000, "normal": 1500,
              "latents": 3, "denoiser": 34000, "samples": {"closed": 16, "open": 16, "hard": 8}, "prompts": 30})
+    if args.device != "cpu":                                        # its steps are faster, and of more pictures
+        size["denoiser"] *= 3
     minutes = {stage: share * args.minutes for stage, share in
                {"ae": 0.27, "tower": 0.14, "normal": 0.04, "denoiser": 0.55}.items()}
     folder = args.work if args.quick else ROOT / "prompts"
@@ -945,13 +1011,20 @@ def main() -> None:
     vae = train_autoencoder(args.work, lambda: make_data(args.work, size["data"], 0), size["ae"], minutes["ae"])
     if args.until == "ae":
         return
-    pictures = make_pictures(args.work, lambda: make_data(args.work, size["more"], 2), vae, size["pictures"])
+    def pictures() -> dict:
+        return make_pictures(args.work, lambda: make_data(args.work, size["more"], 2), vae, size["pictures"])
+
     tower = train_tower(args.work, pictures, size["tower"], minutes["tower"])
     normals = train_normals(args.work, pictures, size["normal"], minutes["normal"])
     if args.until == "judges":
         return
-    latents = make_latents(args.work, lambda: make_data(args.work, size["more"], 2), vae, size["latents"])
-    base, module = train_denoiser(args.work, latents, vae, size["denoiser"], minutes["denoiser"], args.compile)
+    # The denoiser learns from the judges' scenes; a GPU traces three times as many others in seconds.
+    scenes = (size["more"], 2) if args.device == "cpu" else (3 * size["more"], 4)
+    with torch.device(args.device):
+        latents = make_latents(args.work, lambda: make_data(args.work, *scenes), vae, size["latents"])
+    base, module = train_denoiser(args.work, latents, vae, size["denoiser"], minutes["denoiser"], args.compile,
+                                  args.device)
+    module.cpu()
     if args.until == "denoiser":
         return
     parts = {"net": base.net, "vae": vae, "text": module["text"], "tower": tower, "normal": normals}

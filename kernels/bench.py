@@ -565,7 +565,7 @@ def first(rows, device, quick):
 
 STEPS = {  # function; seconds it may take, seconds that must be left to begin it
     "environment": (environment, 40, 5),
-    "correct": (correct, 120, 20),
+    "correct": (correct, 200, 20),
     "time": (time_splat, 140, 30),
     "sweep": (sweep, 100, 30),
     "matching": (matching, 50, 20),

@@ -47,7 +47,10 @@ class WordTable(nn.Module):
 
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeds (B, L, D), and a mask (B, L), true where there is a word."""
-        tokens = self.tokens(prompts)
+        return self.embed(self.tokens(prompts))
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of word numbers (B, L)."""
         mask = tokens > 0
         mask[:, 0] = True                                       # the null prompt "" keeps one pad token
         return self.words(tokens) + self.positions.weight, mask
