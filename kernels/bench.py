@@ -11,9 +11,9 @@ Steps, each a process of its own with a time limit, so that a crash or a hang co
     cost         one epoch of the paper's base with random weights: seconds by phase, peak memory
     first        the README's first command
 
-The whole takes under 9 minutes on one H100. Each row goes to the file of --out, one JSON object a line, the
-moment it is known, and says where and how it was measured: GPU, versions, commit, date, command. At the end a
-table, and for each goal whether it is met.
+On one H100 all but the last step took 7 minutes. Each row goes to the file of --out, one JSON object a line,
+the moment it is known, and says where and how it was measured: GPU, versions, commit, date, command. At the
+end a table, and for each goal whether it is met; `--show FILE` prints them of rows that are there.
 
 Times are medians with 20 and 80 % quantiles over repetitions that cycle through several random inputs, after
 a warm-up, each between two device events; host_ms is how long the call keeps the host. peak_mb is the most
@@ -172,11 +172,12 @@ def ours(gaussians, views, size, module=splat, geometry=True, **options):
     return (render.image, render.alpha, render.depth) if geometry else (render.image,)
 
 
-def with_gsplat(gaussians, views, size, geometry=True, packed=False):
+def with_gsplat(gaussians, views, size, geometry=True):
     means, quats, scales, opacities, colors = gaussians
     *_, w2c, intrinsics = views
     found = gsplat.rasterization(
-        means, quats, scales, opacities, colors, w2c, intrinsics, size, size, eps2d=0.0, packed=packed,
+        means, quats, scales, opacities, colors, w2c, intrinsics, size, size, eps2d=0.0,
+        packed=False,  # its packed mode takes no batch of objects
         render_mode="RGB+ED" if geometry else "RGB",
         backgrounds=torch.ones(*w2c.shape[:2], 3, device=w2c.device))
     return found[:2] if geometry else found[:1]
@@ -199,7 +200,6 @@ def splat_backends(device):
                 "triton, view by view": partial(one_view_at_a_time, ours)}
     if gsplat is not None:
         backends |= {"gsplat": with_gsplat, "gsplat, picture": partial(with_gsplat, geometry=False),
-                     "gsplat, packed": partial(with_gsplat, packed=True),
                      "gsplat, view by view": partial(one_view_at_a_time, with_gsplat)}
     return backends
 
@@ -292,9 +292,13 @@ def by_kernel(call, reps=3):
         for _ in range(reps):
             call()
         torch.cuda.synchronize()
-    kernels = [e for e in found.key_averages() if str(e.device_type).endswith("CUDA")]
-    kernels = sorted(kernels, key=lambda e: -e.self_device_time_total)[:24]
-    return {e.key[:80]: (e.count / reps, round(e.self_device_time_total / reps, 1)) for e in kernels}
+    times = {}
+    for event in found.key_averages():
+        if str(event.device_type).endswith("CUDA"):
+            launches, total = times.get(event.key[:80], (0, 0))  # templates that differ later are one
+            total += event.self_device_time_total / reps
+            times[event.key[:80]] = (launches + event.count / reps, round(total, 1))
+    return dict(sorted(times.items(), key=lambda item: -item[1][1]))
 
 
 def ceilings(device):
@@ -491,6 +495,8 @@ def sweep(rows, device, quick):
                 module = variant(name)
                 ready = passes(lambda *x: ours(x[:5], *x[5:], module), (views, size), leaves)  # noqa: B023
                 times = {key: measure([call], device, 0.05)["ms_p50"] for key, call in ready.items()}
+                if device.type == "cuda":  # where a scene is small, the host's time hides what differs
+                    times["us"] = by_kernel(ready["forward+backward"])
                 rows(op="sweep", shape=shape, variant=name, **times)
             except RuntimeError as error:
                 rows.failed(error, op="sweep", shape=shape, variant=name)
@@ -577,6 +583,10 @@ STEPS = {  # function; seconds it may take, seconds that must be left to begin i
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
+def total_us(row):
+    return sum(time for _, time in row["us"].values())
+
+
 def table(rows):
     """Prints what was measured: operators first, then the sweep, the cost and the first command."""
     timed = [r for r in rows if "ms_p50" in r]
@@ -593,7 +603,9 @@ def table(rows):
                           f"{r['ms_p50'] / r['floor_ms']:.1f}", r["peak_mb"] or "-"))
     for r in rows:
         if r.get("op") == "sweep" and "forward" in r:
-            print(f"{r['shape']:18}{r['variant']:24}{r['forward']:9.3f}{r['forward+backward']:9.3f} ms")
+            kernels = f", kernels alone {total_us(r) / 1e3:.3f}" if "us" in r else ""
+            times = f"{r['forward']:9.3f}{r['forward+backward']:9.3f} ms{kernels}"
+            print(f"{r['shape']:18}{r['variant']:24}{times}")
         if r.get("op") == "cost" and "seconds" in r:
             seconds = ", ".join(f"{name} {value:.1f}" for name, value in r["seconds"].items())
             print(f"cost, {r['what']}: {seconds} s; peak {r['peak_GB']:.1f} GB")
@@ -604,6 +616,30 @@ def table(rows):
             print("failed:", *names, r["error"])
         if r.get("ok") is False:
             print("WRONG:", r["what"], r.get("error", ""))
+        if "passed" in r:
+            print(f"{r['what']}: {r['passed']} passed, {r['failed']} failed, {r['skipped']} skipped")
+
+
+def beside_gsplat(rows):
+    """A Markdown table's lines: times beside gsplat's in ms; gsplat's forward + backward over ours."""
+    timed = [r for r in rows if r.get("op") == "rasterize" and "ms_p50" in r]
+    found = {(r["shape"], r["backend"], r["pass"]): r for r in timed}
+    kernels = {(r["shape"], r["backend"]): total_us(r) for r in rows if r.get("op") == "kernels"}
+    lines = ["| objects, views, Gaussians, side | ours: forward, with backward | gsplat | as called | "
+             "kernels alone | picture alone | peak memory |", "|---|---|---|---|---|---|---|"]
+    for shape, (B, V, N, size) in SPLAT.items():
+        ours, theirs, ours_picture, their_picture = (
+            [found.get((shape, backend, name)) for name in ("forward", "forward+backward")]
+            for backend in ("triton", "gsplat", "triton, picture", "gsplat, picture"))
+        if all(ours + theirs + ours_picture + their_picture):
+            times = [", ".join(f"{row['ms_p50']:.2f}" for row in pair) for pair in (ours, theirs)]
+            ratios = [theirs[1]["ms_p50"] / ours[1]["ms_p50"],
+                      kernels[shape, "gsplat"] / kernels[shape, "triton"],
+                      their_picture[1]["ms_p50"] / ours_picture[1]["ms_p50"],
+                      theirs[1]["peak_mb"] / ours[1]["peak_mb"]]
+            cells = [f"{B}, {V}, {N:,}, {size}", *times, *(f"{ratio:.2f}" for ratio in ratios)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def goals(rows):
@@ -616,6 +652,11 @@ def goals(rows):
         result = "not measured" if value is None else f"{'met' if met else 'MISSED'} ({value:.2f})"
         print(f"  {text}, wanted {'>=' if at_least else '<='} {wanted}: {result}")
 
+    def alone(shape, backend):  # time of all kernels on the GPU, in microseconds
+        wanted = {"op": "kernels", "shape": shape, "backend": backend}
+        times = [total_us(r) for r in rows if wanted.items() <= r.items()]
+        return {"us": times[-1]} if times else None
+
     def ratio(above, below, name="ms_p50"):
         above = [r[name] for r in above if r]
         return min(above) / below[name] if above and below else None
@@ -624,8 +665,10 @@ def goals(rows):
     for shape in (name for name in SPLAT if name.startswith("diffsplat")):
         mine, *rivals, singly, singly_mine = (
             both.get(("rasterize", shape, "float32", backend)) for backend in
-            ("triton", "gsplat", "gsplat, packed", "gsplat, view by view", "triton, view by view"))
+            ("triton", "gsplat", "gsplat, view by view", "triton, view by view"))
         verdict(f"{shape}: gsplat's time / ours", ratio(rivals, mine), 1.3)
+        kernels = ratio([alone(shape, "gsplat")], alone(shape, "triton"), "us")
+        verdict(f"{shape}: the same, kernels alone", kernels, 1.3)
         verdict(f"{shape}: time view by view / ours", ratio([singly or singly_mine], mine), 3)
         verdict(f"{shape}: gsplat's peak memory / ours", ratio(rivals, mine, "peak_mb"), 1)
     at = lambda shape, backend: both.get(("gradient_matching", shape, "float32", backend))  # noqa: E731
@@ -651,11 +694,17 @@ def main():
     parser.add_argument("--out", help="file that rows are appended to; by default experiments/results/"
                         "kernels.jsonl for a GPU, a temporary file for a CPU")
     parser.add_argument("--budget", type=float, default=530, help="seconds for everything (default: 530)")
+    parser.add_argument("--show", metavar="FILE", help="measure nothing: table and goals of the rows in FILE")
     parser.add_argument("--quick", action="store_true", help="tiny: does the command work at all?")
     parser.add_argument("--step", choices=(*STEPS, "warm"), help=argparse.SUPPRESS)  # in a child
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--variants", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.show:
+        found = [json.loads(line) for line in Path(options.show).read_text(encoding="utf-8").splitlines()]
+        table(found)
+        print(*beside_gsplat(found), sep="\n")
+        return goals(found)
     device = torch.device(options.device)
     if options.step == "warm":
         return warm(options.variants, device)

@@ -136,3 +136,16 @@ def test_a_variant_is_another_module():
     assert module.COMPOSITE["TILE"] == 16 and module.COMPOSITE["num_warps"] == 4 and module.GPU_TILE == 16
     assert bench.splat.GPU_TILE == 8 and len(bench.VARIANTS) == 19
     assert bench.variant("lanes 256, 8 warps").LANES["BLOCK"] == 256
+
+
+def test_the_readme_says_what_was_measured(capsys, monkeypatch):
+    """experiments/README.md's table is made from the committed rows, and --show prints it."""
+    rows = ROOT / "experiments/results/kernels.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench", "--show", str(rows)])
+    bench.main()
+    printed = capsys.readouterr().out.splitlines()
+    table = [line for line in printed if line.startswith("| ")]
+    assert len(table) == 1 + len(bench.SPLAT)
+    text = (ROOT / "experiments/README.md").read_text(encoding="utf-8").splitlines()
+    assert all(line in text for line in table)
+    assert {json.loads(line)["gpu"] for line in rows.read_text().splitlines()} == {"NVIDIA H100 80GB HBM3"}

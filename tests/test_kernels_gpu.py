@@ -85,17 +85,21 @@ def test_many_tiles(B):
 
 @pytest.mark.parametrize("shape", ["embedded", "diffsplat"])
 def test_full_size(shape):
-    """Against the PyTorch path in float64; the spread of the atomics; the same bits where asked for."""
+    """As near to the PyTorch path in float64 as that path itself in float32, whose gradients by quaternions and colours
+    are up to 4e-3 off: a rounded depth can put another Gaussian in front. The same bits where asked for.
+    """
     B, V, N, size = bench.SPLAT[shape]
     gaussians = bench.scene(B, V, N, torch.device("cuda"), 0)
     inputs = [*gaussians, *bench.make_views(B, V, size, "cuda")[:2]]
     exact = differentiate([x.double() for x in inputs], size, size, backend="torch")
+    single = differentiate(inputs, size, size, backend="torch")
     first, second = (differentiate(inputs, size, size) for _ in range(2))
     fixed, again = (differentiate(inputs, size, size, deterministic=True) for _ in range(2))
     names = [*exact[0]._fields, "means", "quats", "scales", "opacities", "colors"]
-    for name, *values in zip(names, *([*x[0], *x[1]] for x in (exact, first, second, fixed)), strict=True):
-        exactly, ours, other, same_bits = values
-        limit = 3e-2 if name == "median_depth" else 1e-3  # where T is about 1/2 it may be a neighbour's
+    for name, *values in zip(names, *([*x[0], *x[1]] for x in (exact, single, first, second, fixed)), strict=True):
+        exactly, in_float32, ours, other, same_bits = values
+        limit = max(1e-3, 1.5 * share(in_float32, exactly))
+        limit = 3e-2 if name == "median_depth" else limit  # where T is about 1/2 it may be a neighbour's
         assert share(ours, exactly) < limit and share(same_bits, exactly) < limit, name
         assert share(ours, other) < 1e-4, name
     assert same(fixed, again)
