@@ -21,7 +21,7 @@ Experiments:
               with three seeds
     ablate    one change each of the settings of "per sample", measured alike, one seed
     beta      per sample without a time weight, for three small betas, on the prompts and with the views that are
-              measured: where does it end, and is that where the exact tilt is?
+              measured: where does it end, and is that where the exact tilt is? And what could hold it back
 
 E4, E7 and the like are the formulas at the head of r2d3.py; what a setting means is said at its Config.
 """
@@ -99,7 +99,14 @@ ABLATIONS = {
 # nothing that holds back; the reward from the very views that are measured.
 EXACT = {"method": "nabla", "time_weight": "none", "skip_below": 0.0, "reg_weight": 0.0, "branch": "guided", "lr": 5e-4,
          "views": 4, "view_size": 64, "elevation_jitter": 0.0, "azimuth_jitter": 0.0}
-SMALL_BETAS = ["0.5sd", "1sd", "2sd"]
+SMALL_BETAS = {f"beta {beta}": ({"beta": beta}, [64, 128, 256, 512, 1024]) for beta in ("0.5sd", "1sd", "2sd")}
+# And what could hold it back, one change each. E7 asks for six times as many rewards for as many updates.
+SMALL_BETAS |= {
+    "beta 1sd, lr 1e-3":         ({"beta": "1sd", "lr": 1e-3}, [64, 128, 256]),
+    "beta 1sd, LoRA of rank 64": ({"beta": "1sd", "lora_rank": 64}, [64, 128, 256]),
+    "beta 1sd, fraction 1":      ({"beta": "1sd", "fraction": 1.0}, [64, 128, 256]),
+    "beta 1sd, E7":              ({"beta": "1sd", "estimator": "step"}, [384, 768, 1536]),
+}
 
 
 class Trial(dict):
@@ -116,8 +123,8 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
         return [Trial("tune", name, reward, {**settings, **strength, "seed": 0}, marks)
                 for name, (settings, strengths, marks) in METHODS.items() for strength in strengths]
     if experiment == "beta":
-        return [Trial("beta", f"beta {beta}", reward, {**EXACT, "beta": beta, "seed": 0}, [64, 128, 256])
-                for beta in SMALL_BETAS]
+        return [Trial("beta", name, reward, {**EXACT, **change, "seed": 0}, marks)
+                for name, (change, marks) in SMALL_BETAS.items()]
     picked = {name: tables.chosen(known, reward, name) for name in METHODS}
     picked = {name: settings for name, settings in picked.items() if settings}
     if experiment == "compare":

@@ -270,10 +270,12 @@ def small_betas(rows: list[dict], reward: str) -> str:
     for path in paths(of(rows, "beta", reward)):
         curve = optimum(rows, reward)
         exact = at_beta(curve, path[-1]["beta"])
-        lines.append([path[0]["settings"]["beta"], f"{exact:+.4f}" if exact is not None else "–",
-                      *(f"{row['change']['reward']:+.4f} ({row['judged']})" for row in path)])
-    marks = max((len(line) - 2 for line in lines), default=0)
-    return table(f"{reward}: gain with small betas", ["beta", "exact tilt", *(["trained (evaluations)"] * marks)], lines)
+        trained = [f"{row['change']['reward']:+.4f} ({row['judged']})" for row in path]
+        share = f"{path[-1]['change']['reward'] / exact:.2f}" if exact else "–"
+        lines.append([path[0]["name"].removeprefix("beta "), f"{exact:+.4f}" if exact else "–", ", ".join(trained),
+                      share])
+    return table(f"{reward}: gain with small betas",
+                 ["beta", "exact tilt", "trained (evaluations)", "share of the exact tilt's at the end"], lines)
 
 
 def at_beta(curve: list[dict], beta: float) -> float | None:

@@ -230,7 +230,7 @@ def test_nothing_may_lie_above_the_optimum():
 def test_small_betas_are_held_against_the_tilt():
     rows = [optimum(0.0, 0.0, 0.0), optimum(0.1, 0.5, 10.0)]
     rows += [made("beta 1sd", 0, judged, gain, 1.0, "beta") | {"beta": 5.0} for judged, gain in ((64, 0.02), (128, 0.045))]
-    assert "| 5sd | +0.0500 | +0.0200 (64) | +0.0450 (128) |" in tables.small_betas(rows, "aesthetic")
+    assert "| 1sd | +0.0500 | +0.0200 (64), +0.0450 (128) | 0.90 |" in tables.small_betas(rows, "aesthetic")
 
 
 def test_the_readme_has_the_base_as_it_was_measured():
