@@ -171,7 +171,8 @@ class World:
                   ) -> tuple[metrics.Measurement, dict[str, Tensor]]:
         """The base's own measurement, kept between runs under the name of everything that it depends on."""
         prompts, samples = prompts or self.measured, samples or self.config.samples_per_prompt
-        what = repr((self.config, prompts, samples, self.weights, metrics.Measurement._fields, REWARDS))
+        config = dataclasses.replace(self.config, prompts="", test_prompts="", out="")       # paths
+        what = repr((config, prompts, samples, self.weights, metrics.Measurement._fields, REWARDS))
         path = self.work / f"base-{hashlib.sha256(what.encode()).hexdigest()[:16]}-{seed}.pt"
         if path.is_file():
             measurement, rewards = torch.load(path, weights_only=True)

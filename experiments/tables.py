@@ -220,22 +220,24 @@ PAID = [name for name in METRICS if name not in ("reward", "fid_to_base")]
 
 def at_equal_reward(rows: list[dict], reward: str) -> str:
     """What each method and the exact tilt have paid when the reward has gained so many deviations within a prompt.
+    That a method did not gain so much is said once.
 
     The distance to the optimum is how much farther from the base a method's samples are than the exact tilt's, by FID.
     """
     curve, lines = optimum(rows, reward), []
     if not curve:
         return ""
-    spread = curve[0]["spread"]
-    for gain in (0.5, 1.0, 1.5, 2.0, 3.0):
+    spread, left = curve[0]["spread"], [name for name in LOOKS if compared(rows, reward, name)]
+    for gain in (0.5, 1.0, 2.0, 3.0):
         best = tilt.at_gain(curve, gain * spread)
         if best:
             lines.append([f"{gain:g} sd", "**exact tilt**", "–", f"{best['kl']:.2f}", "–",
                           f"{best['fid_to_base']:+.3f}", "0", *(f"{best[metric]:+.3f}" for metric in PAID)])
-        for name in LOOKS:
+        for name in [*left]:
             line = paid_at(compared(rows, reward, name), gain * spread, best)
-            if line:
-                lines.append([f"{gain:g} sd", name, *line])
+            lines.append([f"{gain:g} sd", name, *line])
+            if line[0].startswith("not"):
+                left.remove(name)
     return table(f"{reward}: at equal reward (1 sd = {spread:.4f}, the reward's deviation within a prompt)",
                  ["gained", "method", "evaluations", "KL, at most (nats)", "without the last step",
                   METRICS["fid_to_base"], "distance to the optimum", *(METRICS[name] for name in PAID)], lines)
@@ -247,8 +249,6 @@ def paid_at(every: list[list[dict]], gain: float, best: dict | None) -> list[str
         return [reached(path, gain, value, power) for path in every]
 
     fid = seeds(lambda row: row["change"]["fid_to_base"], 2)
-    if not every:
-        return []
     if None in fid:
         most = max(path[-1]["judged"] for path in every)
         return [f"not by {most} ({fid.count(None)} of {len(fid)} seeds)", *["–"] * (4 + len(PAID))]

@@ -144,11 +144,17 @@ def picture_rows(images: Tensor) -> Image.Image:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, "-dirty" where it was changed; None where there is no git or no repository."""
+    """The commit of this code, "-dirty" where it was changed; None where there is no git or no repository.
+
+    Rows that an experiment has just appended to experiments/results are no change of the code.
+    """
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", Path(__file__).parents[1], *arguments], capture_output=True, encoding="utf-8",
+                              errors="replace").stdout.strip()
+
     with contextlib.suppress(OSError):                          # no git here
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, encoding="utf-8", errors="replace")
-        return git.stdout.strip() or None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)experiments/results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "") or None
     return None
 
 
