@@ -248,6 +248,34 @@ def histograms(names: list[tuple[int, int, int, list[str]]], weights: Tensor) ->
     return result
 
 
+@torch.no_grad()
+def kinds(world: World, features: Tensor) -> list[list[str]]:
+    """What the tower calls each object of each prompt, all its parts: (P, S) names."""
+    every = []
+    for prompt, seen in zip(world.measured, features):
+        said = make_shapes.parse_caption(prompt)
+        names = make_shapes.name_features(world.base.tower, seen.mean(1), [said] * len(seen))
+        every.append([str(name) for name in names])
+    return every
+
+
+def share_within(names: list[list[str]], rewards: Tensor) -> float:
+    """Of the variance of rewards (P, S) within a prompt, the share among objects of the same name.
+
+    The rest is between kinds of objects, such as red and orange cubes: no path of rising reward leads from one to the
+    other. Objects whose name no other one of their prompt has are left out of the share.
+    """
+    within = whole = 0.0
+    for named, values in zip(names, rewards.double()):
+        groups = [values[[n == name for n in named]] for name in {*named}]
+        groups = [group for group in groups if len(group) > 1]
+        if groups:
+            count = sum(map(len, groups))
+            within += sum(len(group) * group.var().item() for group in groups) / count
+            whole += values.var().item()
+    return within / whole if whole else math.nan
+
+
 def moved(some: list[dict[str, float]], others: list[dict[str, float]]) -> dict[str, float]:
     """Total variation between two pairs of histograms."""
     return {f"open_{name}": tilt.total_variation(a, b) for name, a, b in zip(("colors", "shapes"), some, others)}
@@ -279,10 +307,11 @@ def exact_tilt(world: World, about: dict) -> list[dict]:
     together = [torch.cat(tensors, 1) for tensors in list(zip(*(measured for measured, _ in sets)))[:-1]]
     joined = metrics.Measurement(*together, latents=sets[0][0].latents)
     rewards = {name: torch.cat([each[name] for _, each in sets], 1) for name in REWARDS}
-    names = named_open(world, joined.features)
+    names, named = named_open(world, joined.features), kinds(world, joined.features)
     own = histograms(names, equal(joined.features))
     rows = []
     for name in REWARDS:
+        within = share_within(named, rewards[name])
         curve = tilt.optimum(joined._replace(reward=rewards[name]), world.reference[0])
         for point in curve:
             weights = tilt.tilt_weights(rewards[name], point["beta"])
@@ -296,6 +325,7 @@ def exact_tilt(world: World, about: dict) -> list[dict]:
                 change[key] = value - sum(one[key] for one in by_chance) / len(by_chance)
             rows.append({"experiment": "tilt", "reward": name, "base": world.weights, **about, "beta": point["beta"],
                          "kl": point["kl"], "effective": point["effective"], "change": change,
+                         "share_within": within,
                          "samples_per_prompt": joined.reward.shape[1], "spread": world.spread[name]})
     return rows
 

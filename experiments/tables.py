@@ -264,6 +264,21 @@ def changed(row: dict, metric: str) -> float:
     return row["change"][metric]
 
 
+def optima(rows: list[dict], rewards: list[str]) -> str:
+    """What one deviation of each reward costs at the optimum, and how much of it lies within kinds of objects."""
+    lines = []
+    for reward in rewards:
+        curve = optimum(rows, reward)
+        best = tilt.at_gain(curve, curve[0]["spread"]) if curve else None
+        if best:
+            within = next((row["share_within"] for row in of(rows, "tilt", reward) if "share_within" in row), None)
+            lines.append([reward, f"{curve[0]['spread']:.4f}", "–" if within is None else f"{within:.2f}",
+                          f"{best['kl']:.2f}", *(f"{best[metric]:+.3f}" for metric in METRICS if metric != "reward")])
+    return table("the exact tilt where the reward has gained one deviation within a prompt",
+                 ["reward", "deviation", "share within kinds", "KL (nats)",
+                  *(title for metric, title in METRICS.items() if metric != "reward")], lines)
+
+
 def small_betas(rows: list[dict], reward: str) -> str:
     """Where training with a small beta ends, and what the exact tilt gains with the same beta."""
     lines = []
@@ -314,7 +329,7 @@ def base_table(quality: dict) -> str:
 def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
     text = "".join(make(rows, reward) for make in (comparison, at_equal_reward, small_betas) for reward in rewards)
-    return text + "".join(trials_table(rows, experiment, reward) for experiment in ("ablate", "tune")
+    return optima(rows, rewards) + text + "".join(trials_table(rows, experiment, reward) for experiment in ("ablate", "tune")
                           for reward in rewards)
 
 

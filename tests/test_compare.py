@@ -258,8 +258,19 @@ def test_the_committed_rows_are_the_claim(tmp_path):
                 there = [row for row in rows if trial.items() <= row.items()]
                 assert {*trial.marks} <= {row["mark"] for row in there} or any("diverged" in row for row in there), trial
     text, lines = (ROOT / "experiments/README.md").read_text(encoding="utf-8"), tables.tables(rows).splitlines()
-    for title in ("## 3.", "## 5."):
+    for title in ("## 2.", "## 3.", "## 5.", "## 6."):
         section = text.partition(title)[2].partition("\n## ")[0].partition("\n# ")[0]
         quoted = [line for line in section.splitlines() if line.startswith("| ")]
         assert len(quoted) >= 4 and {*quoted} <= {*lines}, {*quoted} - {*lines}
     tables.plot(rows, tmp_path / "plot.png")
+
+
+def test_share_of_the_variance_within_kinds():
+    torch.manual_seed(0)
+    names = [["red", "blue"] * 500, ["red"] * 1000]
+    inside = torch.randn(2, 1000) * 0.5
+    apart = torch.tensor([[1.0, -1.0] * 500, [0.0] * 1000])
+    both = compare.share_within(names, inside + apart)
+    assert both == pytest.approx((0.25 + 0.25) / (1.25 + 0.25), rel=0.1)
+    assert compare.share_within(names[1:], inside[1:]) == pytest.approx(1.0)
+    assert compare.share_within(names[:1], apart[:1]) == pytest.approx(0.0)
