@@ -475,12 +475,15 @@ class Stage:
             state = torch.load(self.path, weights_only=True, map_location=self.device)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if state.get("steps", steps) != steps:
+                raise SystemExit(f"{self.path} was begun for {state['steps']} steps, not {steps}: use another --work")
             self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
             self.progress, self.loss = state["progress"], state["loss"]
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "average": self.average, "step": self.step, "loss": self.loss,
-                 "optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "progress": self.progress}
+        state = {"model": self.model.state_dict(), "average": self.average, "step": self.step, "steps": self.steps,
+                 "loss": self.loss, "optimizer": self.optimizer.state_dict(), "seconds": self.seconds,
+                 "progress": self.progress}
         write_atomic(self.path, to_bytes(lambda file: torch.save(state, file)))
 
     def gradients(self, loss_of: Callable, *numbers: random.Random | torch.Generator | None) -> Tensor:
@@ -492,7 +495,8 @@ class Stage:
     def captured(self, loss_of: Callable) -> Callable:
         """gradients() as one CUDA graph, because most of a step of so small a network is launching kernels.
 
-        Its random numbers are the GPU's own: loss_of gets None for its two sources.
+        Its random numbers are the GPU's own: loss_of gets None for its two sources. Of the path on a GPU only the
+        tracing of scenes has been run on one so far (experiments/README.md).
         """
         torch.cuda.manual_seed(self.step)
         side = torch.cuda.Stream()
@@ -741,11 +745,11 @@ def make_latents(work: Path, make: Callable, vae: torch.nn.Module, times: int) -
     """Latents (n, 4, 8, h, w) and parts of every scene in `times` colourings, training combinations only.
 
     Computed on the default device, kept on the CPU."""
-    path = work / "latents.pt"
+    device = torch.get_default_device()
+    path = work / f"latents_{device.type}.pt"                       # of other scenes on a GPU
     if path.is_file():
         return torch.load(path, weights_only=False)
     data, rng, latents, every = make(), random.Random("latents"), [], []
-    device = torch.get_default_device()
     data["traced"] = {key: tensor.to(device) for key, tensor in data["traced"].items()}
     vae.to(device)
     for _ in range(times):
@@ -794,7 +798,7 @@ def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, 
     std = (every - mean.view(-1, 1, 1)).square().mean().sqrt().expand(len(mean)).clone()
     base, module = new_base(vae, mean, std, device)
     gpu = base.device.type == "cuda"
-    batch, rate = (256, 1.8e-3) if gpu else (32, 1.2e-3)            # a GPU takes both in about the same time
+    batch, rate = (256, 1.8e-3) if gpu else (32, 1.2e-3)
     stage = Stage(work, "denoiser", module, steps, minutes, rate, ema=0.999)
     alphas, captions = DDIMScheduler(**BETAS).alphas_cumprod.sqrt().to(device), 4
     tokens, every = draw_captions(latents["parts"], base.text, captions).to(device), every.to(device)
@@ -803,7 +807,8 @@ def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, 
         source = {"generator": generator, "device": device}
         rows = torch.randint(len(every), (batch,), **source)
         x0 = (every[rows].float() - base.latent_mean) / base.latent_std
-        t = (1000 * (torch.arange(batch, device=device) + torch.rand(batch, **source)) / batch).long()  # stratified
+        t = 1000 * (torch.arange(batch, device=device) + torch.rand(batch, **source)) / batch          # stratified
+        t = t.long().clamp(max=999)                                 # 255 + 0.9999999 is 256 in float32
         noise = torch.randn(x0.shape, **source)
         alpha = r2d3.per_sample(alphas[t], x0)
         x = alpha * x0 + (1 - alpha ** 2).sqrt() * noise
@@ -1018,7 +1023,7 @@ def main() -> None:
     normals = train_normals(args.work, pictures, size["normal"], minutes["normal"])
     if args.until == "judges":
         return
-    # The denoiser learns from the judges' scenes; a GPU traces three times as many others in seconds.
+    # The denoiser learns from the judges' scenes; a GPU traces three times as many others in a minute or two.
     scenes = (size["more"], 2) if args.device == "cpu" else (3 * size["more"], 4)
     with torch.device(args.device):
         latents = make_latents(args.work, lambda: make_data(args.work, *scenes), vae, size["latents"])
@@ -1029,7 +1034,7 @@ def main() -> None:
         return
     parts = {"net": base.net, "vae": vae, "text": module["text"], "tower": tower, "normal": normals}
     training = {name: {key: state[key] for key in ("step", "seconds", "loss")} for name in minutes
-                for state in [torch.load(args.work / f"{name}.pt", weights_only=True)]}
+                for state in [torch.load(args.work / f"{name}.pt", weights_only=True, map_location="cpu")]}
     write_file(args.out, parts, base.latent_mean, base.latent_std, {})
     # What is measured is what the file holds, in half precision.
     base = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(args.out))), "cpu")

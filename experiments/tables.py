@@ -228,7 +228,7 @@ def at_equal_reward(rows: list[dict], reward: str) -> str:
     if not curve:
         return ""
     spread, left = curve[0]["spread"], [name for name in LOOKS if compared(rows, reward, name)]
-    for gain in (0.5, 1.0, 2.0, 3.0):
+    for gain in (0.5, 1.0, 1.5, 2.0, 3.0):
         best = tilt.at_gain(curve, gain * spread)
         if best:
             lines.append([f"{gain:g} sd", "**exact tilt**", "–", f"{best['kl']:.2f}", "–",
@@ -290,7 +290,7 @@ def small_betas(rows: list[dict], reward: str) -> str:
         lines.append([path[0]["name"].removeprefix("beta "), f"{exact:+.4f}" if exact else "–", ", ".join(trained),
                       share])
     return table(f"{reward}: gain with small betas",
-                 ["beta", "exact tilt", "trained (evaluations)", "share of the exact tilt's at the end"], lines)
+                 ["beta", "exact tilt", "trained (evaluations)", "the last, of the exact tilt's"], lines)
 
 
 def at_beta(curve: list[dict], beta: float) -> float | None:
@@ -329,8 +329,8 @@ def base_table(quality: dict) -> str:
 def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
     text = "".join(make(rows, reward) for make in (comparison, at_equal_reward, small_betas) for reward in rewards)
-    return optima(rows, rewards) + text + "".join(trials_table(rows, experiment, reward) for experiment in ("ablate", "tune")
-                          for reward in rewards)
+    trials = (trials_table(rows, experiment, reward) for experiment in ("ablate", "tune") for reward in rewards)
+    return optima(rows, rewards) + text + "".join(trials)
 
 
 def plot(rows: list[dict], path: Path) -> None:

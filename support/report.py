@@ -144,7 +144,7 @@ def picture_rows(images: Tensor) -> Image.Image:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, "-dirty" where it was changed; None where there is no git or no repository.
+    """The commit of this code, "-dirty" where it was changed; None where there is no git or no commit that holds it.
 
     Rows that an experiment has just appended to experiments/results are no change of the code.
     """
@@ -153,8 +153,9 @@ def git_commit() -> str | None:
                               errors="replace").stdout.strip()
 
     with contextlib.suppress(OSError):                          # no git here
+        head = git("rev-parse", "--verify", "--quiet", "HEAD") if git("ls-files", "support/report.py") else ""
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)experiments/results")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "") or None
+        return head and head + ("-dirty" if changed else "") or None
     return None
 
 
