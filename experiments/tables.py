@@ -204,7 +204,8 @@ def comparison(rows: list[dict], reward: str) -> str:
         best = [tilt.at_gain(curve, row["change"]["reward"]) for row in last]
         lines.append([title, strength(last[0]["settings"]),
                       *(f"{sum(row[count] for row in last) / len(last):.0f}" for count in ("judged", "updates")),
-                      *(number([row["change"].get(metric) for row in last]) for metric in METRICS),
+                      *(number([row["change"].get(metric) for row in last], "+.4f" if metric == "reward" else "+.3f")
+                        for metric in METRICS),
                       *(number([row[key] for row in last], ".1f") for key in ("kl", "kl_but_last")),
                       number([point and point["kl"] for point in best], ".2f")])
     for row in of(rows, "compare", reward)[:1]:
@@ -228,7 +229,7 @@ def at_equal_reward(rows: list[dict], reward: str) -> str:
     if not curve:
         return ""
     spread, left = curve[0]["spread"], [name for name in LOOKS if compared(rows, reward, name)]
-    for gain in (0.5, 1.0, 1.5, 2.0, 3.0):
+    for gain in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0):
         best = tilt.at_gain(curve, gain * spread)
         if best:
             lines.append([f"{gain:g} sd", "**exact tilt**", "–", f"{best['kl']:.2f}", "–",
