@@ -1,9 +1,9 @@
 """Make the embedded base `shapes` from nothing: data, autoencoder, judges, denoiser, measured quality.
 
-    python experiments/make_shapes.py --compile         # as support/shapes.safetensors was made: two hours of two cores
-    python experiments/make_shapes.py                   # the same without a C++ compiler
-    python experiments/make_shapes.py --minutes 90      # training ends by the clock
-    python experiments/make_shapes.py --quick           # a smoke test, in runs/quick_shapes
+    python experiments/make_shapes.py --compile --device cpu    # nearly as support/shapes.safetensors was made: two hours
+    python experiments/make_shapes.py                           # without a C++ compiler; on a GPU where there is one
+    python experiments/make_shapes.py --minutes 90              # training ends by the clock
+    python experiments/make_shapes.py --quick                   # a smoke test, in runs/quick_shapes
 
 A run replaces support/shapes.safetensors, prompts/shapes_*.txt and the picture experiments/results/shapes.png. What it
 should reach, of what it measures and writes into the file: 95% of closed prompts named right, 65 to 90% of hard ones,
