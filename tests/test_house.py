@@ -355,3 +355,30 @@ def test_docstrings_are_there():
     for name, thing in vars(r2d3).items():
         if inspect.isfunction(thing) and thing.__module__ == "r2d3" or inspect.isclass(thing) and thing.__module__ == "r2d3":
             assert (thing.__doc__ or "").strip(), name
+
+
+def test_the_commit_of_the_code(tmp_path, monkeypatch):
+    """Rows that were added are no change; a copy in somebody else's repository has no commit."""
+    from support import report
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    for name in ("support/report.py", "experiments/results/rows.jsonl", "runs/source/support/report.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "support/report.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert report.git_commit() is None                                  # no repository
+    git("init", "-q")
+    assert report.git_commit() is None                                  # no commit
+    git("add", "support", "experiments")
+    git("commit", "-qm", "a")
+    commit = report.git_commit()
+    assert len(commit) == 40
+    (tmp_path / "experiments/results/rows.jsonl").write_text("2\n")
+    assert report.git_commit() == commit
+    (tmp_path / "support/report.py").write_text("2\n")
+    assert report.git_commit() == f"{commit}-dirty"
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "runs/source/support/report.py"))
+    assert report.git_commit() is None                                  # copied into another one

@@ -199,3 +199,27 @@ def test_the_script_makes_a_base_and_goes_on_where_it_was(tmp_path):
     quality = json.loads(about["quality"])
     assert quality.keys() >= {"named_right", "spread_of_colorfulness", "open_colors", "open_shapes", "dnc", "normal",
                               "autoencoder", "training"}
+
+
+def test_a_stage_goes_on_where_it_was_and_not_with_other_steps(tmp_path):
+    def train(steps, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        stage = make_shapes.Stage(tmp_path, "line", model, steps, float("inf"), 1e-2, ema=0.9)
+
+        def loss_of(rng, generator):
+            if stage.step == stop:
+                stage.save()
+                raise KeyboardInterrupt
+            return (model(torch.randn(8, 2, generator=generator)) - 1).square().mean()
+
+        stage.run(loss_of)
+        return [value.clone() for value in model.parameters()]
+
+    with pytest.raises(KeyboardInterrupt):
+        train(6, stop=3)
+    resumed = train(6)
+    (tmp_path / "line.pt").unlink()
+    assert all(map(torch.equal, resumed, train(6)))
+    with pytest.raises(SystemExit, match="was begun for 6 steps, not 7: use another --work"):
+        train(7)
