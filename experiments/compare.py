@@ -223,16 +223,20 @@ class World:
 # ---- Colours and shapes that a prompt leaves open ---------------------------------------------------------------------
 
 
-@torch.no_grad()
+def named(world: World, features: Tensor) -> Iterator[tuple[list[make_shapes.Part], list[list[tuple[str, str]]]]]:
+    """For every prompt what it says, and what the tower calls the parts of its objects, of features (P, S, V, D)."""
+    for prompt, seen in zip(world.measured, features):
+        said = make_shapes.parse_caption(prompt)
+        yield said, make_shapes.name_features(world.base.tower, seen.mean(1), [said] * len(seen))
+
+
 def named_open(world: World, features: Tensor) -> list[tuple[int, int, int, list[str]]]:
     """How the tower names what the prompts leave open: (prompt, slot, 0 for colour or 1 for shape, name per object).
 
     features (P, S, V, D): what the tower sees in the objects' pictures.
     """
     found = []
-    for n, prompt in enumerate(world.measured):
-        said = make_shapes.parse_caption(prompt)
-        names = make_shapes.name_features(world.base.tower, features[n].mean(1), [said] * features.shape[1])
+    for n, (said, names) in enumerate(named(world, features)):
         found += [(n, slot, which, [pairs[slot][which] for pairs in names])
                   for slot, part in enumerate(said) for which in (0, 1) if not part[1 + which]]
     return found
@@ -248,27 +252,16 @@ def histograms(names: list[tuple[int, int, int, list[str]]], weights: Tensor) ->
     return result
 
 
-@torch.no_grad()
-def kinds(world: World, features: Tensor) -> list[list[str]]:
-    """What the tower calls each object of each prompt, all its parts: (P, S) names."""
-    every = []
-    for prompt, seen in zip(world.measured, features):
-        said = make_shapes.parse_caption(prompt)
-        names = make_shapes.name_features(world.base.tower, seen.mean(1), [said] * len(seen))
-        every.append([str(name) for name in names])
-    return every
-
-
 def share_within(names: list[list[str]], rewards: Tensor) -> float:
     """Of the variance of rewards (P, S) within a prompt, the share among objects of the same name.
 
     The rest is between kinds of objects, such as red and orange cubes: a gradient of the reward at the one does not
-    know the other. Objects whose name no other one of their prompt has are left out. Names are the tower's, its errors included,
-    and do not tell sizes.
+    know the other. Objects whose name no other one of their prompt has are left out. Names are the tower's, its errors
+    included, and do not tell sizes.
     """
     within = whole = 0.0
-    for named, values in zip(names, rewards.double()):
-        groups = [values[[n == name for n in named]] for name in {*named}]
+    for own, values in zip(names, rewards.double()):
+        groups = [values[[name == kind for name in own]] for kind in {*own}]
         groups = [group for group in groups if len(group) > 1]
         if groups:
             count = sum(map(len, groups))
@@ -308,11 +301,12 @@ def exact_tilt(world: World, about: dict) -> list[dict]:
     together = [torch.cat(tensors, 1) for tensors in list(zip(*(measured for measured, _ in sets)))[:-1]]
     joined = metrics.Measurement(*together, latents=sets[0][0].latents)
     rewards = {name: torch.cat([each[name] for _, each in sets], 1) for name in REWARDS}
-    names, named = named_open(world, joined.features), kinds(world, joined.features)
+    names = named_open(world, joined.features)
+    kinds = [[str(parts) for parts in objects] for _, objects in named(world, joined.features)]
     own = histograms(names, equal(joined.features))
     rows = []
     for name in REWARDS:
-        within = share_within(named, rewards[name])
+        within = share_within(kinds, rewards[name])
         curve = tilt.optimum(joined._replace(reward=rewards[name]), world.reference[0])
         for point in curve:
             weights = tilt.tilt_weights(rewards[name], point["beta"])

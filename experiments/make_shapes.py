@@ -1,6 +1,6 @@
 """Make the embedded base `shapes` from nothing: data, autoencoder, judges, denoiser, measured quality.
 
-    python experiments/make_shapes.py --compile --device cpu    # nearly as support/shapes.safetensors was made: two hours
+    python experiments/make_shapes.py --compile --device cpu    # nearly as the file in support/ was made: two hours
     python experiments/make_shapes.py                           # without a C++ compiler; on a GPU where there is one
     python experiments/make_shapes.py --minutes 90              # training ends by the clock
     python experiments/make_shapes.py --quick                   # a smoke test, in runs/quick_shapes
@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import r2d3  # noqa: E402
 import tilt  # noqa: E402
+from kernels import bench  # noqa: E402
 from support import report, run, shapes, to_bytes, write_atomic  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
@@ -487,48 +488,33 @@ class Stage:
         write_atomic(self.path, to_bytes(lambda file: torch.save(state, file)))
 
     def gradients(self, loss_of: Callable, *numbers: random.Random | torch.Generator | None) -> Tensor:
+        """The loss; its gradients are left in the model. `numbers`: loss_of's two sources, None for the GPU's own."""
         self.optimizer.zero_grad()
         loss = loss_of(*numbers)
         loss.backward()
         return loss.detach()
-
-    def captured(self, loss_of: Callable) -> Callable:
-        """gradients() as one CUDA graph, because most of a step of so small a network is launching kernels.
-
-        Its random numbers are the GPU's own: loss_of gets None for its two sources. Of the path on a GPU only the
-        tracing of scenes has been run on one so far (experiments/README.md).
-        """
-        torch.cuda.manual_seed(self.step)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.gradients(loss_of, None, None)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad()
-        with torch.cuda.graph(graph):
-            loss = self.gradients(loss_of, None, None)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss
-
-        return replay
 
     def run(self, loss_of: Callable) -> None:
         """Train to the end: loss_of(rng, generator) -> loss. Warm-up, then constant, then down over the last third."""
         saved, begun = time.time(), time.time() - self.seconds
         values = self.model.state_dict()
         floats = [key for key, value in values.items() if value.is_floating_point()]
-        replay = self.captured(loss_of) if self.device.type == "cuda" and self.progress < 1 else None
+        replay = None
+        if self.device.type == "cuda" and self.progress < 1:
+            # Most of a step of so small a network is launching kernels, so it becomes one CUDA graph, whose random
+            # numbers are the GPU's own. Of the path on a GPU only the tracing of scenes has been run on one so far.
+            torch.cuda.manual_seed(self.step)
+            replay, on_gpu = bench.captured(lambda: self.gradients(loss_of, None, None))
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
         while self.progress < 1:
             rate = self.lr * min(1, (self.step + 1) / 200) * min(1, 3 * (1 - self.progress) + 0.01)
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
-            rng, generator = random.Random(f"{self.name}{self.step}"), r2d3.seeded(self.step)
-            loss = replay() if replay else self.gradients(loss_of, rng, generator)
+            if replay:
+                replay()
+                loss = on_gpu
+            else:
+                loss = self.gradients(loss_of, random.Random(f"{self.name}{self.step}"), r2d3.seeded(self.step))
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1

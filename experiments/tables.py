@@ -272,8 +272,8 @@ def optima(rows: list[dict], rewards: list[str]) -> str:
         curve = optimum(rows, reward)
         best = tilt.at_gain(curve, curve[0]["spread"]) if curve else None
         if best:
-            within = next((row["share_within"] for row in of(rows, "tilt", reward) if "share_within" in row), None)
-            lines.append([reward, f"{curve[0]['spread']:.4f}", "–" if within is None else f"{within:.2f}",
+            within = of(rows, "tilt", reward)[0].get("share_within")
+            lines.append([reward, f"{curve[0]['spread']:.4f}", number([within], ".2f"),
                           f"{best['kl']:.2f}", *(f"{best[metric]:+.3f}" for metric in METRICS if metric != "reward")])
     return table("the exact tilt where the reward has gained one deviation within a prompt",
                  ["reward", "deviation", "share within kinds", "KL (nats)",
