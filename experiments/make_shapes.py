@@ -41,9 +41,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import bench  # noqa: E402
 import r2d3  # noqa: E402
 import tilt  # noqa: E402
-from kernels import bench  # noqa: E402
 from support import report, run, shapes, to_bytes, write_atomic  # noqa: E402
 
 GRID = 32                                   # splats along a view's side

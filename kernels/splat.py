@@ -369,7 +369,8 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
 
 # A program per tile. Splats are a few pixels wide: tiles of 16 x 16 would look at more pixels in vain. Two
 # tiles of 4 x 4 a warp would take 177 instructions for two pairs in the backward pass, but there are 1.6 to
-# 2.4 times as many pairs to sort: by count, on kernels.bench's scenes, 8% less work at 256 pixels, else more.
+# 2.4 times as many pairs to sort: by count, on the scenes of experiments/bench.py, 8% less work at 256
+# pixels, else more.
 GPU_TILE = 8  # pixels along a tile's side
 WARPS = 1  # of a tile's program; GPU_TILE^2 is a multiple of 32 WARPS. A single warp never waits for another
 BATCH = 16  # Gaussians between two looks at whether a tile is opaque

@@ -1,4 +1,4 @@
-"""kernels.bench: its inputs are what they claim to be, and a run writes complete rows."""
+"""experiments/bench.py: its inputs are what they claim to be, and a run writes complete rows."""
 import json
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-from kernels import bench  # noqa: E402
+import bench  # noqa: E402
 
 CPU = torch.device("cpu")
 ROW = {"op", "shape", "backend", "pass", "dtype", "ms_p20", "ms_p50", "ms_p80", "peak_mb", "reps", "floor_ms",
@@ -67,7 +67,7 @@ def test_quick_run_appends_complete_rows(tmp_path):
     out = tmp_path / "bench.jsonl"
     out.write_text('{"op": "kept"}\n')
     options = ["--device", "cpu", "--out", str(out), "--quick", "--only", "time", "sweep", "matching"]
-    done = subprocess.run([sys.executable, "-m", "kernels.bench", *options], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, str(ROOT / "experiments/bench.py"), *options], cwd=ROOT, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kept, *rows = map(json.loads, out.read_text().splitlines())
@@ -78,7 +78,7 @@ def test_quick_run_appends_complete_rows(tmp_path):
         keys = ROW | ({"M", "n"} if row["op"] == "gradient_matching" else {"B", "V", "N", "H", "W", "live"})
         assert row.keys() >= keys, keys - row.keys()
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["floor_ms"] > 0 and row["host_ms"] > 0
-        assert row["cmd"].startswith("python -m kernels.bench --device cpu") and row["cmd"].endswith("matching")
+        assert row["cmd"].startswith("python experiments/bench.py --device cpu") and row["cmd"].endswith("matching")
     assert {row["backend"] for row in timed if row["op"] == "rasterize"} == {"torch", "torch, picture"}
     sweep, = (row for row in rows if row["op"] == "sweep")
     assert sweep["variant"] == "tile 8, 1 warps" and sweep["forward+backward"] > 0

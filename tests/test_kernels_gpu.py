@@ -11,13 +11,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "experiments")]
 
 from test_matching import make_case  # noqa: E402
 from test_splat import scene, weights_like  # noqa: E402
 from test_splat_hard import differentiate  # noqa: E402
 
-from kernels import bench, gradient_matching, rasterize  # noqa: E402
+import bench  # noqa: E402
+
+from kernels import gradient_matching, rasterize  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

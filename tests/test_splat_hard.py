@@ -18,11 +18,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "experiments")]
 
 from test_splat import dense, scene, weights_like  # noqa: E402
 
-from kernels import Render, bench, rasterize, splat  # noqa: E402
+import bench  # noqa: E402
+
+from kernels import Render, rasterize, splat  # noqa: E402
 
 NAN, INF = math.nan, math.inf
 
@@ -425,7 +427,7 @@ def test_a_file_can_be_lifted_on_its_own(name, tmp_path):
 
 
 def variants():
-    """How far other tiles and warps, which kernels.bench sweeps over, are from the ones in use."""
+    """How far other tiles and warps, which experiments/bench.py sweeps over, are from the ones in use."""
     inputs, found = small(B=1, V=1), {}
     want = [*rasterize(*inputs, 17, 9, backend="triton"), *differentiate(inputs, 17, 9, backend="triton")[1]]
     for name in ("tile 8, 2 warps", "tile 16, 1 warps", "tile 16, 4 warps"):

@@ -1,4 +1,4 @@
-"""Everything that is measured about the kernels, in one command: `python -m kernels.bench`.
+"""Everything that is measured about the kernels, in one command: `python experiments/bench.py`.
 
 Steps, each a process of its own with a time limit, so that a crash or a hang costs one step and no other:
 
@@ -38,7 +38,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from kernels import gradient_matching, rasterize, splat
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+from kernels import gradient_matching, rasterize, splat  # noqa: E402
+from support import report  # noqa: E402
 
 try:
     import triton
@@ -49,7 +52,6 @@ try:
 except ImportError:
     gsplat = None
 
-ROOT = Path(__file__).resolve().parents[1]
 # name: objects, views, Gaussians per object, image side. The latent shapes below are those of the same bases.
 SPLAT = {
     "embedded": (16, 4, 4096, 64),
@@ -314,16 +316,11 @@ def ceilings(device):
 
 
 def provenance(device):
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, encoding="utf-8")
-    commit = git(["git", "describe", "--always"]).stdout.strip() or None
-    code = [".", ":(exclude)experiments/results"]  # rows that were added are no change
-    if commit and git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode:
-        commit += "-dirty"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"gpu": gpu, "cpu": platform.machine(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "triton": triton and triton.__version__,
             "gsplat": gsplat and gsplat.__version__, "cuda": torch.version.cuda or torch.version.hip,
-            "commit": commit,
+            "commit": report.git_commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 
@@ -693,7 +690,7 @@ def goals(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python experiments/bench.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cuda or cpu")
@@ -723,8 +720,8 @@ def main():
     out = options.out or (str(ROOT / "experiments/results/kernels.jsonl") if device.type == "cuda" else
                           str(Path(tempfile.mkdtemp(), "kernels.jsonl")))
     print(f"rows go to {out}", flush=True)
-    environ = {**os.environ, "KERNELS_BENCH_COMMAND": " ".join(["python -m kernels.bench", *sys.argv[1:]])}
-    child = [sys.executable, "-m", "kernels.bench", "--device", options.device, "--out", out, "--run", run,
+    environ = {**os.environ, "KERNELS_BENCH_COMMAND": " ".join(["python experiments/bench.py", *sys.argv[1:]])}
+    child = [sys.executable, __file__, "--device", options.device, "--out", out, "--run", run,
              *(["--quick"] if options.quick else [])]
     steps = [step for step in STEPS if not options.only or step in options.only]
     helpers = []
