@@ -1,27 +1,27 @@
 """The comparison: every method from the same start, on four rewards, measured against the exact optimum.
 
-    python experiments/compare.py --experiment tilt                       # once: 256 samples a prompt of the base
-    python experiments/compare.py --reward aesthetic                      # the compared methods on one reward, 3 seeds
-    python experiments/compare.py --experiment tune compare ablate beta   # all of it
-    python experiments/tables.py                                          # tables and plots of the rows there are
+    python experiments/compare.py --experiment tilt             # once: 256 samples a prompt of the base
+    python experiments/compare.py --experiment sweep            # every method's strengths, one seed
+    python experiments/compare.py --experiment compare          # what the sweep chose, three seeds
+    python experiments/compare.py --experiment ablate           # one change each
+    python experiments/tables.py                                # tables and plots of the rows there are
 
-A trial is one fine-tuning. Its cost is counted in objects whose reward the training asks for ("evaluations", each in
-`views` pictures). Marks are numbers of evaluations: at the end of the epoch that reaches one the model is measured,
-which makes one row of experiments/results/compare.jsonl. A row that is there is not made again, an interrupted trial
-goes on from its last mark, and what another process is making is left to it: the command can be given twice at once
-(with OMP_NUM_THREADS=1 each). All trials of a seed draw their prompts from the same permutations, and all measurements
-have the same noise and views.
+A trial is one fine-tuning. Its cost is counted in objects whose reward the training asks for ("rewards asked", each in
+`views` pictures). Marks are numbers of rewards asked: at the end of the epoch that reaches one, the LoRA is kept. What
+is measured of it is a row of experiments/results/compare.jsonl: on which prompts, and at which scale of the LoRA (its
+half, its quarter: a dial that needs no training). A row that is there is not made again, an interrupted trial goes on
+from its last mark, and what another process is making is left to it. --jobs N starts N such processes, on one GPU or
+on as many cores. All trials of a seed draw their prompts from the same permutations, all measurements have the same
+noise and views.
 
 Experiments:
 
     tilt      samples of the untouched base; with weights exp(beta r) they are the optimum for every beta (tilt.py)
-    tune      three strengths of every method, how hard it pulls: trained on three quarters of the training prompts,
-              measured on 24 others, 2 objects each
-    compare   of every method the strength that the sweep chose (tables.chosen), on 24 unseen prompts, 4 objects each,
-              with three seeds
-    ablate    one change each of the settings of "per sample", measured alike, one seed
-    beta      per sample without a time weight, for three small betas, on the prompts and with the views that are
-              measured: where does it end, and is that where the exact tilt is? And what could hold it back
+    sweep     strengths of every method over decades, one seed, measured on 24 prompts that are used for nothing else
+    compare   of every method the strength that the sweep chose (tables.chosen), on 24 other prompts, three seeds
+    ablate    one change each of what is compared, one seed, on the same prompts as the comparison
+    beta      w = 1 and lambda 0, for three small betas, trained on the prompts and views that are measured: where does
+              it end, and is that where the exact tilt is? And what could hold it back
 
 E4, E7 and the like are the formulas at the head of r2d3.py; what a setting means is said at its Config.
 """
@@ -37,11 +37,13 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -56,83 +58,135 @@ import tables
 import tilt
 from support import metrics, report, to_bytes, write_atomic
 
-ROWS, WORK = ROOT / "experiments/results/compare.jsonl", ROOT / "runs/compare"
+ROWS = ROOT / "experiments/results/compare.jsonl"
+WORK = ROOT / "runs/compare"
 REWARDS = ["aesthetic", "hpsv2", "normal", "dnc"]
-PROMPTS = 24                    # what a trial is measured on: so many prompts, of the three kinds in turn,
-SAMPLES = {True: 4, False: 2}   # and so many objects of each, of unseen prompts and in the sweep
-DRAWS = 64                      # such sets of objects make the draw of the exact tilt: 256 of every prompt
+PROMPTS = 24        # a trial is measured on so many unseen prompts, of the three kinds in turn,
+SAMPLES = 4         # and so many objects of each
+DRAWS = 64          # such sets of objects make the draw of the exact tilt: 256 of every prompt
+OPEN_DRAWS = 4      # and so many the histograms of what prompts leave open
 
-# ---- The settings that are compared: by name, what differs from r2d3.py's defaults for the embedded base -------------
+# ---- The settings that are compared ----------------------------------------------------------------------------------
+# They are written out, so that rows stay what they are when a default of r2d3.py changes. All that a training depends
+# on is listed in DEPENDS: two trials with the same values of these (and the same base and prompts) are the same one.
 
-# How strongly a method pulls is one number: beta for those that know it, in standard deviations of the reward within a
-# prompt, and the learning rate for those that climb until they are stopped. Every method has three to choose from.
-BETAS = [{"beta": "5sd"}, {"beta": "15sd"}, {"beta": "45sd"}]
-CLIMB = [{"lr": 2e-4}, {"lr": 5e-4}, {"lr": 1e-3}]
-# Under the paper's recipe beta is not what holds the reward back: its lambda is at most levels more than fifty times
-# k^2, the weight of the match. So the recipe is tried as it is published, and with two smaller lambdas.
-LAMBDAS = [{"beta": "15sd"}, {"beta": "15sd", "reg_weight": 30.0}, {"beta": "15sd", "reg_weight": 1.0}]
+COMMON = {"sampler": "dpm", "steps": 30, "guidance": 1.0, "views": 2, "view_size": 48, "elevation_jitter": 20.0,
+          "azimuth_jitter": 60.0, "batch_size": 16, "updates_per_epoch": 16, "lr": 1e-3, "lora_rank": 8}
+DEPENDS = [*COMMON, "reward", "method", "draft_steps", "beta", "reg_weight", "estimator", "matching", "time_weight",
+           "fraction", "last_step", "skip_below", "min_quantile", "seed"]
+# As published, lambda included, which the recipe takes from the reward.
+PAPER = COMMON | {"method": "nabla", "recipe": "paper"}
+# Where noise levels weigh alike lambda has to be small: the paper's belongs to a match of scores, k squared as large.
+EVEN = PAPER | {"reg_weight": 1.0}
+# With E8 a reward is asked for once per object, so levels at which g hardly moves the target may do without it.
+ONCE = {"estimator": "sample"}
+EVEN_ONCE = EVEN | ONCE | {"skip_below": 0.25}
+CLIMB = COMMON | {"batch_size": 2, "updates_per_epoch": 1}
 
-#         name               settings                                 strengths  marks (evaluations)
+
+class Method(NamedTuple):
+    """What is the same for all strengths; the dial that makes a strength; rewards asked when it is measured."""
+
+    settings: dict
+    dial: str
+    marks: list[int]
+
+
 METHODS = {
-    "per sample":          ({"method": "nabla"},                       BETAS, [16, 64]),
-    "the paper's recipe":  ({"method": "nabla", "recipe": "paper"},    LAMBDAS, [192, 384]),
-    "ReFL":                ({"method": "refl", "batch_size": 2},       CLIMB, [8, 24, 64]),
-    "DRaFT":               ({"method": "draft", "batch_size": 2},      CLIMB, [8, 24, 64]),
-    "DDPO":                ({"method": "ddpo"},                        CLIMB, [64, 128]),
+    "E8 score": Method(PAPER | ONCE, "beta", [64, 192]),
+    "E8 kl": Method(EVEN_ONCE | {"matching": "kl"}, "beta", [64, 192]),
+    "E8 eps": Method(EVEN_ONCE | {"matching": "eps"}, "beta", [64, 192]),
+    "E7 score (the paper's)": Method(PAPER, "beta", [192, 768, 2304]),
+    "E7 kl": Method(EVEN | {"matching": "kl"}, "beta", [192, 768, 2304]),
+    "E7 eps": Method(EVEN | {"matching": "eps"}, "beta", [192, 768, 2304]),
+    "ReFL": Method(CLIMB | {"method": "refl"}, "lr", [64, 192]),
+    "DRaFT": Method(CLIMB | {"method": "draft"}, "lr", [64, 192]),
+    "DDPO": Method(COMMON | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never"}, "lr", [2048, 8192]),
 }
-#         name                                        a change of "per sample" (at the strength that the sweep chose)
-ABLATIONS = {
-    "as compared":                                    {},
-    "reward asked at every step (E7)":                {"estimator": "step"},
-    "no Jacobian (identity)":                         {"estimator": "identity"},
-    "matching kl":                                    {"matching": "kl"},
-    "matching score (E4)":                            {"matching": "score"},
-    "w(s) = 1 (no time weight)":                      {"time_weight": "none"},
-    "w(s) = alpha":                                   {"time_weight": "linear"},
-    "last step never":                                {"last_step": "never"},
-    "lambda 0 (no regulariser)":                      {"reg_weight": 0.0},
-    "fraction 1":                                     {"fraction": 1.0},
-    "reward gradient at every level":                 {"skip_below": 0.0},
-    "four views":                                     {"views": 4},
+# Strengths by method and reward: by factors of ten, then of about three around the best, until the best lies inside
+# (tables.chosen says whether it does).
+CLIMBS = {"ReFL": [1e-4, 3e-4, 1e-3], "DRaFT": [1e-4, 3e-4, 1e-3]}
+STRENGTHS = {
+    "aesthetic": {"E8 score": [1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
+                  "E7 score (the paper's)": [1e4, 1e5, 1e6], **CLIMBS},
+    "hpsv2": {"E8 score": [1e5, 1e6, 1e7], "E8 kl": [1e3, 1e4, 1e5], "E8 eps": [1e2, 1e3, 1e4],
+              "E7 score (the paper's)": [1e5, 1e6, 1e7], **CLIMBS},
+    "normal": {"E8 score": [1e5, 1e6, 1e7], **CLIMBS},
+    "dnc": {"E8 score": [1e5, 1e6, 1e7], **CLIMBS},
 }
 # What theory says about the end of training (tests/test_beta.py): w = 1, the Jacobian kept, every level asked,
-# nothing that holds back; the reward from the very views that are measured.
-EXACT = {"method": "nabla", "time_weight": "none", "skip_below": 0.0, "reg_weight": 0.0, "branch": "guided", "lr": 5e-4,
-         "views": 4, "view_size": 64, "elevation_jitter": 0.0, "azimuth_jitter": 0.0}
-SMALL_BETAS = {f"beta {beta}": ({"beta": beta}, [64, 128, 256, 512, 1024]) for beta in ("0.5sd", "1sd", "2sd")}
+# nothing that holds back; the reward from the very prompts and views that are measured. beta in deviations.
+EXACT = EVEN | ONCE | {"matching": "eps", "time_weight": "none", "reg_weight": 0.0, "lr": 5e-4, "views": 4,
+                       "view_size": 64, "elevation_jitter": 0.0, "azimuth_jitter": 0.0}
+SMALL_BETAS = {f"beta {beta:g}sd": ({}, beta, [64, 128, 256, 512, 1024]) for beta in (0.5, 1, 2)}
 # And what could hold it back, one change each. E7 asks for twelve times as many rewards for as many updates.
 SMALL_BETAS |= {
-    "beta 1sd, lr 1e-3":         ({"beta": "1sd", "lr": 1e-3}, [64, 128, 256]),
-    "beta 1sd, LoRA of rank 64": ({"beta": "1sd", "lora_rank": 64}, [64, 128, 256]),
-    "beta 1sd, fraction 1":      ({"beta": "1sd", "fraction": 1.0}, [64, 128, 256]),
-    "beta 1sd, E7":              ({"beta": "1sd", "estimator": "step"}, [768, 1536, 3072]),
+    "beta 1sd, lr 1e-3":         ({"lr": 1e-3}, 1, [64, 128, 256]),
+    "beta 1sd, LoRA of rank 64": ({"lora_rank": 64}, 1, [64, 128, 256]),
+    "beta 1sd, fraction 1":      ({"fraction": 1.0}, 1, [64, 128, 256]),
+    "beta 1sd, E7":              ({"estimator": "step"}, 1, [768, 1536, 3072]),
 }
+SCALES = [1.0, 0.5, 0.25]       # of the LoRA, at the last mark of what is compared
 
 
-class Trial(dict):
-    """One fine-tuning: experiment, name, reward, settings (seed included). Its marks are not part of what it is."""
+class Trial(NamedTuple):
+    """One fine-tuning; at which rewards asked, and at which scales of the LoRA when all of them were, it is measured."""
 
-    def __init__(self, experiment: str, name: str, reward: str, settings: dict, marks: list[int]):
-        super().__init__(experiment=experiment, name=name, reward=reward, settings=settings)
-        self.marks = marks
+    experiment: str
+    name: str
+    reward: str
+    settings: dict              # that differ between the trials of a method, and the seed
+    config: dict                # of r2d3.Config, all of them
+    marks: list[int]
+    scales: list[float] = [1.0]
+
+    @property
+    def measured_on(self) -> str:
+        return "sweep" if self.experiment == "sweep" else "unseen"
+
+    def row(self) -> dict:
+        return {name: getattr(self, name) for name in ("experiment", "name", "reward", "settings")}
 
 
 def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) -> list[Trial]:
     """All trials of an experiment; `known` rows of the sweep say which strength of a method is compared."""
-    if experiment == "tune":
-        return [Trial("tune", name, reward, {**settings, **strength, "seed": 0}, marks)
-                for name, (settings, strengths, marks) in METHODS.items() for strength in strengths]
+    def trial(name: str, settings: dict, scales: list[float]) -> Trial:
+        config = METHODS[name].settings | settings | {"reward": reward}
+        return Trial(experiment, name, reward, settings, config, METHODS[name].marks, scales)
+
+    if experiment == "sweep":
+        return [trial(name, {METHODS[name].dial: strength, "seed": 0}, [1.0])
+                for name, strengths in STRENGTHS[reward].items() for strength in strengths]
     if experiment == "beta":
-        return [Trial("beta", name, reward, {**EXACT, **change, "seed": 0}, marks)
-                for name, (change, marks) in SMALL_BETAS.items()]
-    picked = {name: tables.chosen(known, reward, name) for name in METHODS}
-    picked = {name: settings for name, settings in picked.items() if settings}
+        found = []
+        for name, (change, beta, marks) in SMALL_BETAS.items():
+            settings = change | {"beta": round(beta / tables.deviation(known, reward), 4), "seed": 0}
+            found.append(Trial("beta", name, reward, settings, EXACT | settings | {"reward": reward}, marks))
+        return found
+    chosen = {name: tables.chosen(known, reward, name) for name in STRENGTHS[reward]}
     if experiment == "compare":
-        return [Trial("compare", name, reward, {**settings, "seed": seed}, METHODS[name][2])
-                for seed in seeds for name, settings in picked.items()]
-    return [Trial("ablate", name, reward, {**picked["per sample"], **change, "seed": 0},
-                  [64, 192, 384] if "step" in change.values() else [64])       # in 384 E7 makes 64 updates too
-            for name, change in ABLATIONS.items() if "per sample" in picked]
+        return [trial(name, choice.settings | {"seed": seed}, SCALES)
+                for seed in seeds for name, choice in chosen.items() if choice and choice.inside]
+    found = []
+    for title, (name, change) in ABLATIONS.items():
+        if chosen.get(name):
+            one = trial(name, chosen[name].settings | change | {"seed": 0}, [1.0])
+            found.append(one._replace(name=title, marks=one.marks[-1:]))
+    return found
+
+
+#   name                                   what it is a change of, and the change
+ABLATIONS = {
+    "E8 score, w = 1":                      ("E8 score", {"time_weight": "none"}),
+    "E8 score, w = alpha":                  ("E8 score", {"time_weight": "linear"}),
+    "E8 score, last step never":            ("E8 score", {"last_step": "never"}),
+    "E8 score, no Jacobian (identity)":     ("E8 score", {"estimator": "identity"}),
+    "E8 score, lambda 1":                   ("E8 score", {"reg_weight": 1.0}),
+    "E8 score, |u| bounded":                ("E8 score", {"bounded": True}),
+    "E8 score, four views":                 ("E8 score", {"views": 4}),
+    "E8 score, twice the objects an update": ("E8 score", {"batch_size": 32}),
+    "E8 eps, w = 1":                        ("E8 eps", {"time_weight": "none"}),
+}
 
 
 # ---- What a trial is measured with -----------------------------------------------------------------------------------
@@ -141,48 +195,46 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
 class World:
     """The base, the prompts, and the untouched base's measurements, with which every trial is compared.
 
-    `unseen`: train on the training prompts, measure on the test prompts; else split the training prompts for both.
+    Trials are trained on all training prompts. Test prompts 0 to 23 are what is reported ("unseen"), 24 to 47 are what
+    the sweep is measured on ("sweep").
     """
 
-    def __init__(self, unseen: bool, work: Path = WORK, samples: int | None = None, **settings):
-        self.unseen, self.work = unseen, work
-        self.config = r2d3.resolve(r2d3.Config(samples_per_prompt=samples or SAMPLES[unseen], device="cpu", **settings))
-        self.base = r2d3.load_base(self.config, "cpu")
-        self.config = dataclasses.replace(self.config, guidance=self.base.guidance)
+    def __init__(self, work: Path = WORK, device: str = "cpu", samples: int = SAMPLES, **settings):
+        self.work = work
+        config = r2d3.Config(samples_per_prompt=samples, device=device, **COMMON | settings)
+        self.config = r2d3.resolve(config)
+        self.base = r2d3.load_base(self.config, device)
         self.weights = tables.base_hash()
-        self.rewards = {name: r2d3.load_reward(name, self.base, "cpu") for name in REWARDS}
+        self.rewards = {name: r2d3.load_reward(name, self.base, device) for name in REWARDS}
         self.schedule = self.base.schedule(self.config.sampler, self.config.steps)
-        self.features = metrics.load_features(self.base.tower, "cpu")
-        self.prompts, test = (r2d3.load_prompts(spec) for spec in (self.config.prompts, self.config.test_prompts))
-        groups = [self.prompts[n:n + 3] for n in range(0, len(self.prompts), 3)]       # closed, open, hard
-        held_out = [prompt for group in groups[::4] for prompt in group]
-        if not unseen:
-            self.prompts = [prompt for prompt in self.prompts if prompt not in held_out]
-        self.measured = (test if unseen else held_out)[:PROMPTS]
+        self.null = self.base.encode([""])
+        self.features = metrics.load_features(self.base.tower, device)
+        self.prompts, self.measured = self.load_prompts(self.config)
         work.mkdir(parents=True, exist_ok=True)
-        self.before, self.reference = self.untouched(0), self.untouched(1)
-        _, several = self.untouched(2, held_out[:PROMPTS], 8)           # one unit for all trials, whatever measures them
-        self.spread = {name: values.std(1).mean().item() for name, values in several.items()}
-        # Histograms need many objects. These are the first of the exact tilt's draw; the sweep makes do with few.
-        many = [self.untouched(3 + n)[0].features for n in range(16 if unseen and samples is None else 1)]
-        self.prior_open = histograms(named_open(self, torch.cat(many, 1)), equal(torch.cat(many, 1)))
+        # Now, while there is no LoRA on the base.
+        self.before = {which: self.untouched(0, which) for which in self.measured}
+        self.reference = {which: self.untouched(1, which)[0] for which in self.measured}
+        many = torch.cat([self.untouched(3 + n, "unseen")[0].features for n in range(OPEN_DRAWS)], 1)
+        self.prior_open = histograms(named_open(self, many), equal(many))
 
-    def untouched(self, seed: int, prompts: list[str] | None = None, samples: int | None = None
-                  ) -> tuple[metrics.Measurement, dict[str, Tensor]]:
+    @staticmethod
+    def load_prompts(config: r2d3.Config) -> tuple[list[str], dict[str, list[str]]]:
+        test = r2d3.load_prompts(config.test_prompts)
+        return r2d3.load_prompts(config.prompts), {"unseen": test[:PROMPTS], "sweep": test[PROMPTS:2 * PROMPTS]}
+
+    def untouched(self, seed: int, which: str) -> tuple[metrics.Measurement, dict[str, Tensor]]:
         """The base's own measurement, kept between runs under the name of everything that it depends on."""
-        prompts, samples = prompts or self.measured, samples or self.config.samples_per_prompt
-        config = dataclasses.replace(self.config, prompts="", test_prompts="", out="")       # paths
-        what = repr((config, prompts, samples, self.weights, metrics.Measurement._fields, REWARDS))
+        prompts, samples = self.measured[which], self.config.samples_per_prompt
+        what = repr((prompts, samples, self.weights, COMMON, self.config.steps, REWARDS, metrics.Measurement._fields))
         path = self.work / f"base-{hashlib.sha256(what.encode()).hexdigest()[:16]}-{seed}.pt"
         if path.is_file():
             measurement, rewards = torch.load(path, weights_only=True)
             return metrics.Measurement(**measurement), rewards
-        measurement, rewards = self.measure(seed, prompts, samples)
+        measurement, rewards = self.measure(seed, which)
         write_atomic(path, to_bytes(partial(torch.save, (measurement._asdict(), rewards))))
         return measurement, rewards
 
-    def measure(self, seed: int, prompts: list[str] | None = None, samples: int | None = None
-                ) -> tuple[metrics.Measurement, dict[str, Tensor]]:
+    def measure(self, seed: int, which: str) -> tuple[metrics.Measurement, dict[str, Tensor]]:
         """What r2d3.measure measures, and all four rewards (P, S) of the same objects."""
         seen = {name: [] for name in REWARDS}
 
@@ -191,49 +243,58 @@ class World:
                 seen[name].append(reward(pictures, prompts).mean(1))
             return torch.zeros(len(prompts), 1)
 
-        config = dataclasses.replace(self.config, samples_per_prompt=samples or self.config.samples_per_prompt)
-        measured = r2d3.measure(self.base, all_rewards, self.features, self.schedule, prompts or self.measured, config,
-                                seed, "measuring")
-        return measured, {name: torch.cat(parts).view(measured.reward.shape) for name, parts in seen.items()}
+        measured = r2d3.measure(self.base, all_rewards, self.features, self.schedule, self.measured[which],
+                                self.config, seed, "measuring")
+        shape = measured.reward.shape
+        return measured, {name: torch.cat(parts).view(shape).cpu() for name, parts in seen.items()}
 
     @torch.no_grad()
-    def path_kl(self, samples: int = 2) -> list[float]:
+    def path_kl(self) -> list[float]:
         """KL divergence of the fine-tuned sampler from the untouched one, step by step: nats, means over objects.
 
         Both take Gaussian steps of the same std, so step i adds |mean - mean_ref|^2 / (2 std^2), along trajectories of
-        the fine-tuned sampler. The sum over all steps bounds the KL divergence of what is sampled from above.
+        the fine-tuned sampler, one of every unseen prompt. The sum over all steps bounds the KL divergence of what is
+        sampled from above.
         """
-        base, schedule, null, guidance = self.base, self.schedule, self.base.encode([""]), self.config.guidance
-        named = [prompt for prompt in self.measured for _ in range(samples)]
-        generators = [r2d3.seeded("kl", n) for n in range(len(named))]
-        total = torch.zeros(len(schedule))
-        for start in range(0, len(named), self.config.eval_batch):
-            rows = slice(start, start + self.config.eval_batch)
-            cond = base.encode(named[rows])
-            trajectory = r2d3.rollout(base, schedule, cond, null, guidance, generators[rows])
-            with base.net.disable_adapter():
-                for i in range(len(schedule)):
-                    x = trajectory.x[:, i]
-                    reference = r2d3.predict_guided(base, x, schedule.t(i).expand(len(x)), cond, null, guidance)
-                    mean, std = schedule.transition(x, trajectory.eps[:, i], i)
-                    total[i] += ((mean - schedule.transition(x, reference, i)[0]) / std).square().sum() / 2
-        return (total / len(named)).tolist()
+        base, schedule, guidance = self.base, self.schedule, self.config.guidance
+        prompts = self.measured["unseen"]
+        cond = base.encode(prompts)
+        generators = [r2d3.seeded("kl", n) for n in range(len(prompts))]
+        trajectory = r2d3.rollout(base, schedule, cond, self.null, guidance, generators)
+        total = []
+        with base.net.disable_adapter():
+            for i in range(len(schedule)):
+                x = trajectory.x[:, i]
+                t = schedule.t(i).expand(len(x))
+                reference = r2d3.predict_guided(base, x, t, cond, self.null, guidance)
+                mean, std = schedule.transition(x, trajectory.eps[:, i], i)
+                moved = (mean - schedule.transition(x, reference, i)[0]) / std
+                total.append(moved.square().sum().item() / 2 / len(prompts))
+        return total
 
 
-# ---- Colours and shapes that a prompt leaves open ---------------------------------------------------------------------
+# ---- What the tower calls the objects ---------------------------------------------------------------------------------
+
+Named = list[tuple[list[make_shapes.Part], list[list[tuple[str, str]]]]]
 
 
-def named(world: World, features: Tensor) -> Iterator[tuple[list[make_shapes.Part], list[list[tuple[str, str]]]]]:
+def named(world: World, features: Tensor, which: str = "unseen") -> Named:
     """For every prompt what it says, and what the tower calls the parts of its objects, of features (P, S, V, D)."""
-    for prompt, seen in zip(world.measured, features):
+    found = []
+    for prompt, seen in zip(world.measured[which], features.to(world.base.device)):
         said = make_shapes.parse_caption(prompt)
-        yield said, make_shapes.name_features(world.base.tower, seen.mean(1), [said] * len(seen))
+        found.append((said, make_shapes.name_features(world.base.tower, seen.mean(1), [said] * len(seen))))
+    return found
+
+
+def named_right(names: Named) -> list[float]:
+    """Share of the parts that are what their prompt says, by prompt."""
+    return [make_shapes.named_right(objects, [said] * len(objects)) for said, objects in names]
 
 
 def named_open(world: World, features: Tensor) -> list[tuple[int, int, int, list[str]]]:
-    """How the tower names what the prompts leave open: (prompt, slot, 0 for colour or 1 for shape, name per object).
-
-    features (P, S, V, D): what the tower sees in the objects' pictures.
+    """How the tower names what the unseen prompts leave open: (prompt, slot, 0 for colour or 1 for shape, name per
+    object). features (P, S, V, D): what the tower sees in the objects' pictures.
     """
     found = []
     for n, (said, names) in enumerate(named(world, features)):
@@ -297,7 +358,8 @@ def held(path: Path, wait: bool) -> Iterator[bool]:
 
 def exact_tilt(world: World, about: dict) -> list[dict]:
     """The optimum's curve for every reward, as rows."""
-    sets = [world.untouched(3 + n) for n in range(DRAWS)]           # smaller seeds are what trials are compared with
+    sets = [world.untouched(3 + n, "unseen") for n in range(DRAWS)]     # smaller seeds are what trials are compared with
+    reference = world.reference["unseen"]
     together = [torch.cat(tensors, 1) for tensors in list(zip(*(measured for measured, _ in sets)))[:-1]]
     joined = metrics.Measurement(*together, latents=sets[0][0].latents)
     rewards = {name: torch.cat([each[name] for _, each in sets], 1) for name in REWARDS}
@@ -307,7 +369,7 @@ def exact_tilt(world: World, about: dict) -> list[dict]:
     rows = []
     for name in REWARDS:
         within = share_within(kinds, rewards[name])
-        curve = tilt.optimum(joined._replace(reward=rewards[name]), world.reference[0])
+        curve = tilt.optimum(joined._replace(reward=rewards[name]), reference)
         for point in curve:
             weights = tilt.tilt_weights(rewards[name], point["beta"])
             change = {key: point[key] - curve[0][key] for key in ("reward", "alignment", "retrieved", "coverage", "dnc",
@@ -321,69 +383,120 @@ def exact_tilt(world: World, about: dict) -> list[dict]:
             rows.append({"experiment": "tilt", "reward": name, "base": world.weights, **about, "beta": point["beta"],
                          "kl": point["kl"], "effective": point["effective"], "change": change,
                          "share_within": within,
-                         "samples_per_prompt": joined.reward.shape[1], "spread": world.spread[name]})
+                         "samples_per_prompt": joined.reward.shape[1], "spread": rewards[name].std(1).mean().item()})
     return rows
 
 
-def run(world: World, trial: Trial, about: dict, rows: Path, wait: bool = False) -> None:
-    """One trial: train with its settings, measure at every mark, append the rows that are not there yet."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    config, reward = configured(world, trial), world.rewards[trial["reward"]]
-    prompts = world.measured if trial["experiment"] == "beta" else world.prompts
-    what = {**trial, "base": world.weights, "identity": identity(config, prompts, world.measured)}
-    path = world.work / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.pt"
-    with held(path.with_suffix(".lock"), wait) as ours:
-        done = [row for row in tables.read(rows) if what.items() <= row.items()]
-        marks = sorted({*trial.marks} - {row["mark"] for row in done})
-        if not ours or not marks or any(row.get("diverged") for row in done):
-            return
-        judge = r2d3.make_judge(world.base, reward, views=config.views, view_size=config.view_size,
-                                elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
-        job = r2d3.Job(world.base, judge, world.schedule, world.base.encode([""]), config)
-        try:
-            optimizer = r2d3.start_lora(job)
-            state = {"epoch": 0, "judged": 0, "updates": 0, "seconds": 0.0, "history": {}}
-            saved = torch.load(path, weights_only=True) if path.is_file() else {"judged": math.inf}
-            if saved["judged"] < marks[0]:                          # else there are new marks before it: from the start
-                state = saved
-                set_peft_model_state_dict(world.base.net, state.pop("lora"))
-                optimizer.load_state_dict(state.pop("optimizer"))
-            for mark in marks:
-                diverged = train_to(mark, job, prompts, optimizer, state)
-                row = {**what, "mark": mark, **about, "samples_per_prompt": world.config.samples_per_prompt,
-                       "beta": config.beta, "judged": state["judged"], "updates": state["updates"],
-                       "train_seconds": round(state["seconds"], 1), "spread": world.spread[trial["reward"]]}
-                row |= {"diverged": diverged} if diverged else measured_row(world, trial["reward"])
-                append(rows, [row])
-                if "diverged" in row:
-                    return
-                networks = {"lora": get_peft_model_state_dict(world.base.net), "optimizer": optimizer.state_dict()}
-                write_atomic(path, to_bytes(partial(torch.save, state | networks)))
-                print(f"{trial['experiment']} {trial['reward']} {trial['name']} {trial['settings']}: "
-                      f"{state['judged']} judged, {state['seconds']:.0f} s, {row['kl']:.2f} nats  "
-                      + " ".join(f"{name} {change:+.3f}" for name, change in row["change"].items()), flush=True)
-        finally:
-            world.base.net = world.base.net.unload()
-
-
 def configured(world: World, trial: Trial) -> r2d3.Config:
-    """The trial's Config; beta in standard deviations becomes a number."""
-    config = r2d3.resolve(r2d3.Config(device="cpu", out=str(world.work), reward=trial["reward"], **trial["settings"]))
-    beta = config.beta
-    if isinstance(beta, str):
-        beta = float(beta.removesuffix("sd")) / world.spread[trial["reward"]]
-    return dataclasses.replace(config, guidance=config.guidance or world.base.guidance, beta=beta)
+    settings = {name: value for name, value in trial.config.items() if name != "bounded"}
+    config = r2d3.Config(device=world.config.device, out=str(world.work), **settings)
+    return r2d3.resolve(config)
 
 
-def identity(config: r2d3.Config, *prompts: list[str]) -> str:
-    """A hash of all settings that training depends on, presets included, and of the prompts."""
-    free = ("out", "epochs", "resume", "prompts", "test_prompts", "eval_batch", "eval_prompts", "samples_per_prompt")
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    return hashlib.sha256(repr((settings, prompts)).encode()).hexdigest()[:12]
+def identity(world: World, trial: Trial) -> str:
+    """A hash of all that a training depends on: the settings that are listed, base and prompts; not its marks."""
+    config = configured(world, trial)
+    settings = {name: getattr(config, name) for name in DEPENDS}
+    what = settings, trial.config.get("bounded", False), world.weights, prompts_of(world, trial)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
-def train_to(mark: int, job: r2d3.Job, prompts: list[str], optimizer: torch.optim.Optimizer, state: dict) -> str | None:
-    """Train until so many objects have been judged; `state` counts. Returns what diverged, or None."""
+def prompts_of(world: World, trial: Trial) -> list[str]:
+    """What a trial is trained on."""
+    return world.measured["unseen"] if trial.experiment == "beta" else world.prompts
+
+
+def run(world: World, trial: Trial, about: dict, rows: Path, wait: bool = False) -> None:
+    """One trial: train with its settings to every mark, measure there, append the rows that are not there yet."""
+    key = identity(world, trial)
+    what = trial.row() | {"identity": key, "base": world.weights}
+    with held(world.work / f"{key}.lock", wait) as ours:
+        if not ours:
+            return
+        done = [row for row in tables.read(rows) if what.items() <= row.items()]
+        for mark in trial.marks:
+            scales = trial.scales if mark == trial.marks[-1] else [1.0]
+            there = [row.get("scale") for row in done if row["mark"] == mark]
+            missing = [scale for scale in scales if scale not in there]
+            if any("diverged" in row for row in done):
+                return
+            if missing:
+                done += one_mark(world, trial, what | {"mark": mark} | about, missing, rows)
+
+
+def one_mark(world: World, trial: Trial, what: dict, scales: list[float], rows: Path) -> list[dict]:
+    """Train to a mark, measure at scales of the LoRA; the rows, which are appended."""
+    config = configured(world, trial)
+    job = r2d3.Job(world.base, make_judge(world, trial, config), world.schedule, world.null, config)
+    new = []
+    try:
+        optimizer = r2d3.start_lora(job)
+        state = train_to(what["mark"], world, trial, job, optimizer)
+        what |= {"judged": state["judged"], "updates": state["updates"], "train_seconds": round(state["seconds"], 1),
+                 "measured_on": trial.measured_on}
+        if "diverged" in state:
+            new = [what | {"diverged": state["diverged"]}]
+        for scale in scales if not new else []:
+            with scaled(world.base.net, scale):
+                row = what | {"scale": scale} | measured_row(world, trial)
+            new.append(row)
+            print(f"{trial.experiment} {trial.reward} {trial.name} {trial.settings} x{scale}: {row['judged']} judged, "
+                  f"{row['train_seconds']} s  "
+                  + " ".join(f"{name} {change:+.4f}" for name, change in row["change"].items()), flush=True)
+        append(rows, new)
+    finally:
+        world.base.net = world.base.net.unload()
+    return new
+
+
+def make_judge(world: World, trial: Trial, config: r2d3.Config) -> r2d3.Judge:
+    judge = r2d3.make_judge(world.base, world.rewards[trial.reward], views=config.views, view_size=config.view_size,
+                            elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter,
+                            backend=config.backend)
+
+    def bounded(x0: Tensor, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, r2d3.Render]:
+        if x0.requires_grad:
+            x0 = x0.clone()
+            x0.register_hook(bound)
+        return judge(x0, prompts, generators)
+
+    return bounded if trial.config.get("bounded") else judge
+
+
+def bound(u: Tensor) -> Tensor:
+    """Gradients u (B, *latent) of as many objects, none longer than their median."""
+    length = u.flatten(1).norm(dim=1)
+    return u * r2d3.per_sample((length.median() / length.clamp(min=1e-30)).clamp(max=1), u)
+
+
+@contextlib.contextmanager
+def scaled(net: torch.nn.Module, scale: float) -> Iterator[None]:
+    """The network with its LoRA at a share of its strength: its matrices B times `scale`."""
+    weights = [weight for name, weight in net.named_parameters() if "lora_B" in name]
+    kept = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.data *= scale
+    try:
+        yield
+    finally:
+        for weight, own in zip(weights, kept):
+            weight.data = own
+
+
+def train_to(mark: int, world: World, trial: Trial, job: r2d3.Job, optimizer: torch.optim.Optimizer) -> dict:
+    """Train until so many objects have been judged, from the last mark that is kept; the state that `job`'s network and
+    `optimizer` then have: epoch, judged, updates, seconds, and "diverged" if it did. It is kept for other marks,
+    scales and experiments.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    key, net, prompts = identity(world, trial), job.base.net, prompts_of(world, trial)
+    state = {"epoch": 0, "judged": 0, "updates": 0, "seconds": 0.0, "history": {}}
+    kept = {int(path.stem.split("-")[1]): path for path in world.work.glob(f"{key}-*.pt")}
+    if earlier := [number for number in kept if number <= mark]:
+        state = torch.load(kept[max(earlier)], weights_only=True, map_location=job.base.device)
+        set_peft_model_state_dict(net, state.pop("lora"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    trained = state["judged"] < mark
     while state["judged"] < mark:
         started = time.perf_counter()
         try:
@@ -393,29 +506,52 @@ def train_to(mark: int, job: r2d3.Job, prompts: list[str], optimizer: torch.opti
         except r2d3.UserError as error:
             if "not finite" not in str(error):
                 raise
-            return str(error)
+            return state | {"diverged": str(error)}
         state["epoch"] += 1
         state["seconds"] += time.perf_counter() - started
-    return None
+    if trained:
+        networks = {"lora": get_peft_model_state_dict(net), "optimizer": optimizer.state_dict()}
+        write_atomic(world.work / f"{key}-{mark}.pt", to_bytes(partial(torch.save, state | networks)))
+    return state
 
 
-def measured_row(world: World, reward: str) -> dict:
-    """What changed from the untouched base to the network as it is now, on the same noise."""
-    after, rewards = world.measure(0)
-    before, base_rewards = world.before
-    reference, reference_rewards = world.reference
-    result = metrics.compare(before._replace(reward=base_rewards[reward]), after._replace(reward=rewards[reward]),
-                             reference._replace(reward=reference_rewards[reward]))
-    # Histograms as with FID: how far from another draw of the base, and what of that is only chance ("before").
-    own, now = (histograms(named_open(world, m.features), equal(m.features)) for m in (before, after))
-    floor, far = moved(own, world.prior_open), moved(now, world.prior_open)
-    change = {name: result[name]["change"] for name in tables.METRICS if name in result}
+BY_PROMPT = ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity", "named")
+
+
+def by_prompt(world: World, which: str, reward: str, measured: metrics.Measurement,
+              rewards: dict[str, Tensor]) -> dict[str, list[float]]:
+    """What is measured of every prompt, means over its objects."""
+    values = {name: getattr(measured, name).mean(1) for name in ("alignment", "retrieved", "coverage", "dnc")}
+    values |= {"reward": rewards[reward].mean(1), "diversity": metrics.diversity(measured.features)}
+    return {name: value.tolist() for name, value in values.items()} | {
+        "named": named_right(named(world, measured.features, which))}
+
+
+def measured_row(world: World, trial: Trial) -> dict:
+    """What changed from the untouched base to the network as it is now, on the same noise: means, and by prompt."""
+    which, reward = trial.measured_on, trial.reward
+    measured, rewards = world.measure(0, which)
+    base, base_rewards = world.before[which]
+    far = world.reference[which].fid_features.flatten(0, 2)
+    now, own = by_prompt(world, which, reward, measured, rewards), by_prompt(world, which, reward, base, base_rewards)
+    moves = {name: [round(a - b, 6) for a, b in zip(now[name], own[name])] for name in BY_PROMPT}
+    levels = {name: math.fsum(values) / len(values) for name, values in own.items()}
+    levels["fid_to_base"] = metrics.frechet_distance(base.fid_features.flatten(0, 2), far).item()
+    change = {name: math.fsum(values) / len(values) for name, values in moves.items()}
+    change["fid_to_base"] = metrics.frechet_distance(measured.fid_features.flatten(0, 2), far).item()
+    change["fid_to_base"] -= levels["fid_to_base"]
     change |= {f"reward_{name}": (rewards[name] - base_rewards[name]).mean().item() for name in REWARDS}
-    change |= {name: far[name] - floor[name] for name in far}
-    steps, levels = world.path_kl(), {name: result[name]["before"] for name in tables.METRICS if name in result}
-    if any(value is None or not math.isfinite(value) for value in (*change.values(), *steps)):
-        return {"diverged": "not finite when measured"}
-    return {"kl": sum(steps), "kl_but_last": sum(steps[:-1]), "change": change, "before": levels | floor, "open": now}
+    row = {"change": change, "before": levels, "by_prompt": moves}
+    if which == "unseen":
+        # Histograms as with FID: how far from other draws of the base, minus what of that is only chance.
+        floor = moved(histograms(named_open(world, base.features), equal(base.features)), world.prior_open)
+        change |= {name: value - floor[name] for name, value in moved(
+            histograms(named_open(world, measured.features), equal(measured.features)), world.prior_open).items()}
+        steps = world.path_kl()
+        row |= {"kl": sum(steps), "kl_but_last": sum(steps[:-1])}
+    if not all(math.isfinite(value) for value in (*change.values(), row.get("kl", 0.0))):
+        return {"diverged": "not finite when measured", "change": {}}
+    return row
 
 
 def append(rows: Path, new: list[dict]) -> None:
@@ -425,29 +561,42 @@ def append(rows: Path, new: list[dict]) -> None:
         file.write("".join(json.dumps(row | {"commit": commit}) + "\n" for row in new).encode())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--experiment", nargs="+", default=["compare"],
-                        choices=["tilt", "tune", "compare", "ablate", "beta"])
-    parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
-    parser.add_argument("--only", help="only trials whose name holds this word")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows are; another file begins anew")
-    args = parser.parse_args()
-    about, worlds = {"cmd": shlex.join(["python", *sys.argv])}, {}
+def work_on(args: argparse.Namespace, about: dict) -> None:
+    """Everything that is asked for and that no other process makes; then what others began, until all is there."""
+    world = World(device=args.device)
     for experiment in args.experiment:
-        unseen = experiment != "tune"
-        world = worlds[unseen] = worlds.get(unseen) or World(unseen)
         if experiment == "tilt":
             with held(WORK / "tilt.lock", wait=True):
                 if not any(row["experiment"] == "tilt" for row in tables.read(args.rows, world.weights)):
                     append(args.rows, exact_tilt(world, about))
             continue
-        for wait in (False, True):              # first what nobody makes; then what others began, until all are done
+        for wait in (False, True):
             for reward in args.reward:
                 for trial in trials(experiment, reward, args.seeds, tables.read(args.rows, world.weights)):
-                    if not args.only or args.only in trial["name"]:
+                    if not args.only or any(word in trial.name for word in args.only):
                         run(world, trial, about, args.rows, wait)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "sweep", "compare", "ablate", "beta"])
+    parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
+    parser.add_argument("--only", nargs="+", help="only trials whose name holds one of these words")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows are; another file begins anew")
+    parser.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once, on one GPU or on as many cores")
+    args = parser.parse_args()
+    about = {"cmd": shlex.join(["python", *sys.argv])}
+    others = []
+    if args.jobs > 1:
+        torch.set_num_threads(1)
+        alone = [*sys.argv, "--jobs", "1"]              # the last --jobs counts
+        others = [subprocess.Popen([sys.executable, *alone], env=os.environ | {"OMP_NUM_THREADS": "1"})
+                  for _ in range(args.jobs - 1)]
+    work_on(args, about)
+    if failed := [process for process in others if process.wait()]:
+        sys.exit(f"{len(failed)} of {args.jobs} processes failed")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python experiments/tables.py                    # Markdown tables; results/compare.png
 
 Only rows of the embedded base as it is now count: every row holds the hash of the base that it was measured on. All
-changes are from the untouched base, on the same noise; means and 95% intervals (Student's t) over seeds of training.
-All seeds are measured on the same prompts and noise: what another choice of those would change is not in the intervals.
+changes are from the untouched base, on the same noise. Intervals are 95%, by a bootstrap that draws seeds of training
+and, of each, prompts: they cover other seeds and other prompts. What is not measured by prompt (FID, KL, histograms) has
+an interval over seeds (Student's t), where there are several.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
@@ -24,14 +28,14 @@ import tilt
 from support import load_weights, to_bytes, write_atomic
 
 ROWS = ROOT / "experiments/results/compare.jsonl"
-# What is measured, in the order of the tables: the paper's three columns first.
-METRICS = {"reward": "reward", "fid_to_base": "FID to the base", "alignment": "alignment", "retrieved": "R@1",
-           "coverage": "coverage", "dnc": "dnc", "diversity": "diversity", "open_colors": "open colours",
-           "open_shapes": "open shapes"}
-LOOKS = {"per sample": ("C0", "o"), "the paper's recipe": ("C4", "P"), "ReFL": ("C2", "^"), "DRaFT": ("C1", "s"),
-         "DDPO": ("C7", "x")}
-STRENGTHS = 3           # how many strengths of a method the sweep tries
-CHOSEN_AT = 1.0         # the gain, in standard deviations within a prompt, at which the sweep's strengths are compared
+# What is measured, in the order of the tables.
+METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "named": "named right", "dnc": "dnc",
+           "coverage": "coverage", "diversity": "diversity", "fid_to_base": "FID to the base",
+           "open_colors": "open colours", "open_shapes": "open shapes"}
+LOOKS = {"E8 score": ("C0", "o"), "E8 kl": ("C9", "v"), "E8 eps": ("C3", "D"), "E7 score (the paper's)": ("C4", "P"),
+         "E7 kl": ("C6", "<"), "E7 eps": ("C8", ">"), "ReFL": ("C2", "^"), "DRaFT": ("C1", "s"), "DDPO": ("C7", "x")}
+BOOTSTRAP = 2000
+MOST_DNC_LOST = 0.005       # of the rule that chooses, see `admissible`
 
 
 def base_hash() -> str:
@@ -55,86 +59,168 @@ def of(rows: list[dict], experiment: str, reward: str, name: str | None = None) 
             and name in (None, row.get("name")) and "diverged" not in row]
 
 
-# ---- What rows say --------------------------------------------------------------------------------------------------
-
-
 def paths(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each trial, in the order of their marks."""
+    """The rows of each trial with its LoRA in full, in the order of their marks."""
     found = {}
     for row in rows:
-        found.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
+        if row.get("scale", 1.0) == 1:
+            found.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
     return [sorted(path, key=lambda row: row["judged"]) for path in found.values()]
 
 
-def reached(path: list[dict], gain: float, value: Callable[[dict], float], power: float = 1.0) -> float | None:
-    """What `value` of one trial was when its reward had gained `gain`; None where it never gained so much.
+def deviation(rows: list[dict], reward: str) -> float:
+    """The unit of gains: how far the reward spreads within a prompt, among objects of the base (rows of the tilt)."""
+    return of(rows, "tilt", reward)[0]["spread"]
 
-    Up to the first mark `value` grows like gain ** power: means move with beta as the reward does, distances with its
-    square. Between marks a power law through both; linear where one of the two is not positive or the sign changes.
+
+# ---- Intervals --------------------------------------------------------------------------------------------------------
+
+
+def draws(rows: list[dict], metric: str) -> np.ndarray:
+    """Means (BOOTSTRAP,) of a metric's change over drawn seeds and, of each seed, drawn prompts. One row per seed.
+
+    All metrics and all rows of as many seeds get the same draws, so that differences and ratios can be taken.
     """
-    start = 0.0, 0.0
-    for row in path:
-        (r0, v0), (r1, v1) = start, (row["change"]["reward"], value(row))
-        if r0 <= gain <= r1 and r0 < r1:
-            if r0 == 0:
-                return v1 * (gain / r1) ** power
-            if r0 > 0 and v0 * v1 > 0:
-                return v0 * (gain / r0) ** (math.log(v1 / v0) / math.log(r1 / r0))
-            return v0 + (v1 - v0) * (gain - r0) / (r1 - r0)
-        start = r1, v1
+    values = np.array([row["by_prompt"][metric] for row in rows])               # (seeds, prompts)
+    generator = np.random.default_rng(0)
+    seeds = generator.integers(len(values), size=(BOOTSTRAP, len(values), 1))
+    prompts = generator.integers(values.shape[1], size=(BOOTSTRAP, 1, values.shape[1]))
+    return values[seeds, prompts].mean((1, 2))
+
+
+def interval(rows: list[dict], metric: str) -> tuple[float, float]:
+    """95% of a metric's mean change."""
+    low, high = np.quantile(draws(rows, metric), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def over_seeds(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval (Student's t over the seeds); 0 for one seed."""
+    from scipy import stats
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return mean, 0.0
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+# ---- The rule that chooses ----------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """What the sweep chose of a method."""
+
+    settings: dict      # without the seed
+    row: dict           # its best row
+    inside: bool        # whether a smaller and a larger strength were tried
+
+
+def admissible(row: dict) -> bool:
+    """No measurable loss of alignment and R@1 (their intervals reach 0), and at most 0.005 of dnc; but what is the
+    reward itself is not asked.
+    """
+    kept = row["reward"] == "hpsv2" or interval([row], "alignment")[1] >= 0
+    return kept and interval([row], "retrieved")[1] >= 0 and row["change"]["dnc"] >= -MOST_DNC_LOST
+
+
+def dial(settings: dict) -> tuple[str, float]:
+    """Name and value of the strength."""
+    name = "beta" if "beta" in settings else "lr"
+    return name, settings[name]
+
+
+def chosen(rows: list[dict], reward: str, name: str) -> Choice | None:
+    """The rule, the same for all: of a method's strengths in the sweep the one that gains most, at any of its marks, at
+    no measurable loss (`admissible`); of gains within a tenth of a deviation of the most, the smallest FID to the base.
+    None where nothing was swept.
+    """
+    swept = [row for row in rows if row["experiment"] == "sweep" and row["reward"] == reward and row["name"] == name]
+    good = [row for row in swept if "diverged" not in row and row["change"]["reward"] > 0 and admissible(row)]
+    if not good:
+        return None
+    most = max(row["change"]["reward"] for row in good)
+    near = [row for row in good if row["change"]["reward"] >= most - 0.1 * deviation(rows, reward)]
+    best = min(near, key=lambda row: row["change"]["fid_to_base"])
+    strengths = {dial(row["settings"])[1] for row in swept}
+    own = dial(best["settings"])[1]
+    settings = {key: value for key, value in best["settings"].items() if key != "seed"}
+    return Choice(settings, best, min(strengths) < own < max(strengths))
+
+
+# ---- Trials of the comparison --------------------------------------------------------------------------------------------
+
+
+class Seeds(NamedTuple):
+    """A method's trials with the strength that the sweep chose: `marks` along training, `scales` of the last one's LoRA.
+
+    Each is a list of points, a point one row per seed.
+    """
+
+    marks: list[list[dict]]
+    scales: list[list[dict]]
+    diverged: int
+
+
+def compared(rows: list[dict], reward: str, name: str) -> Seeds | None:
+    """None where the choice lies at an edge of its sweep, or was not compared: then no table has the method."""
+    choice = chosen(rows, reward, name)
+    if not choice or not choice.inside:
+        return None
+    every = [row for row in rows if row["experiment"] == "compare" and row["reward"] == reward and row["name"] == name
+             and choice.settings == {key: value for key, value in row["settings"].items() if key != "seed"}]
+    broken = {row["settings"]["seed"] for row in every if "diverged" in row}
+    ours = [row for row in every if row["settings"]["seed"] not in broken]
+    seeds = sorted({row["settings"]["seed"] for row in ours})
+
+    def points(key: str, some: list[dict]) -> list[list[dict]]:
+        found = {}
+        for row in sorted(some, key=lambda row: row["settings"]["seed"]):
+            found.setdefault(row[key], []).append(row)
+        return [found[value] for value in sorted(found) if len(found[value]) == len(seeds)]      # that all seeds have
+
+    marks = points("mark", [row for row in ours if row["scale"] == 1])
+    if not marks:
+        return None
+    last = marks[-1][0]["mark"]
+    return Seeds(marks, points("scale", [row for row in ours if row["mark"] == last]), len(broken))
+
+
+def gain(point: list[dict]) -> float:
+    return mean_of(point, "reward")
+
+
+def mean_of(point: list[dict], metric: str) -> float:
+    return math.fsum(row["change"][metric] for row in point) / len(point)
+
+
+def where(gains: list[float], wanted: float) -> tuple[int, float] | None:
+    """Between which points, which follow the untouched base (0), `wanted` is first reached: the number of the second,
+    and the share of the way from the first; None where it never is.
+    """
+    before = 0.0
+    for n, now in enumerate(gains):
+        if before <= wanted <= now and before < now:
+            return n, (wanted - before) / (now - before)
+        before = now
     return None
 
 
-def kl(row: dict) -> float:
-    """The KL divergence of the whole sampler; a change of the last step, which is hardly seen, can be most of it."""
-    return row["kl"]
-
-
-def kl_but_last(row: dict) -> float:
-    """The same up to the last step: of the latents before it."""
-    return row["kl_but_last"]
-
-
-def chosen(rows: list[dict], reward: str, name: str) -> dict | None:
-    """The settings of a method that are compared, without the seed: of those in the sweep that gain CHOSEN_AT, the one
-    that is then closest to the prior (KL divergence before the last step); where none gains so much, the one that gains
-    most. Not one that diverged. None while the sweep of this method is not complete.
-    """
-    tried = [row for row in rows if row["experiment"] == "tune" and row["reward"] == reward and row["name"] == name]
-    ends = [row for row in tried if "diverged" in row or row["mark"] == max(r["mark"] for r in tried)]
-    broken = [row["settings"] for row in tried if "diverged" in row]
-    found = paths([row for row in tried if row["settings"] not in broken])
-    if len(paths(ends)) < STRENGTHS or not found:
+def at_gain(points: list[list[dict]], wanted: float, value: Callable[[list[dict]], float | np.ndarray]
+            ) -> float | np.ndarray | None:
+    """`value` of a point where the mean gain is `wanted`, linear between points; the untouched base has 0."""
+    found = where([gain(point) for point in points], wanted)
+    if found is None:
         return None
-    gain = CHOSEN_AT * found[0][0]["spread"]
-
-    def merit(path: list[dict]) -> tuple[bool, float]:
-        far = reached(path, gain, kl_but_last, 2)
-        return (True, -far) if far is not None else (False, max(row["change"]["reward"] for row in path))
-
-    return {key: value for key, value in max(found, key=merit)[0]["settings"].items() if key != "seed"}
-
-
-def trials_of(rows: list[dict], reward: str, name: str) -> list[dict]:
-    """All rows of the comparison of a method with the settings that the sweep chose, of every seed."""
-    wanted = chosen(rows, reward, name)
-    return [row for row in rows if row["experiment"] == "compare" and row["reward"] == reward and row["name"] == name
-            and wanted in (None, {key: value for key, value in row["settings"].items() if key != "seed"})]
-
-
-def compared(rows: list[dict], reward: str, name: str) -> list[list[dict]]:
-    """The comparison's trials of a method, one path per seed that did not diverge, with the marks that all have."""
-    ours = trials_of(rows, reward, name)
-    broken = [row["settings"] for row in ours if "diverged" in row]
-    found = paths([row for row in ours if row["settings"] not in broken])
-    common = set.intersection(*({row["mark"] for row in path} for path in found)) if found else set()
-    return [path for path in ([row for row in path if row["mark"] in common] for path in found) if path]
+    n, share = found
+    first = value(points[n - 1]) if n else 0.0
+    return first + share * (value(points[n]) - first)
 
 
 def optimum(rows: list[dict], reward: str) -> list[dict]:
     """The exact tilt's curve: gain, KL and all changes, by beta."""
     return [row["change"] | {"gain": row["change"]["reward"], "kl": row["kl"], "beta": row["beta"],
-                             "effective": row["effective"], "spread": row["spread"]}
+                             "effective": row["effective"]}
             for row in of(rows, "tilt", reward)]
 
 
@@ -146,35 +232,16 @@ def above(rows: list[dict], reward: str) -> list[dict]:
     curve = optimum(rows, reward)
     wrong = []
     for row in rows if curve else []:
-        if row["reward"] != reward or row["experiment"] not in ("compare", "ablate", "beta") or "diverged" in row:
+        if row["reward"] != reward or row["experiment"] == "tilt" or "kl" not in row:
             continue
-        gain = min(row["change"]["reward"] - 0.25 * row["spread"], curve[-1]["gain"])
-        best = tilt.at_gain(curve, gain)
+        most = min(row["change"]["reward"] - 0.25 * deviation(rows, reward), curve[-1]["gain"])
+        best = tilt.at_gain(curve, most)
         if best and row["kl"] < best["kl"]:
             wrong.append(row)
     return wrong
 
 
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval (Student's t over the seeds); 0 for one seed."""
-    from scipy import stats
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, 0.0
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-
-
 # ---- Tables -----------------------------------------------------------------------------------------------------------
-
-
-def number(values: list[float | None], how: str = "+.3f") -> str:
-    """Mean ± half of the interval; "–" where a seed has no value."""
-    if None in values or not values:
-        return "–"
-    mean, half = mean_and_half(values)
-    return f"{mean:{how}}" + (f" ± {half:{how.lstrip('+')}}" if len(values) > 1 else "")
 
 
 def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
@@ -184,100 +251,139 @@ def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
     return "\n".join(text + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
 
 
+def digits(reward: str) -> int:
+    """How many decimals show a gain: rewards differ in how far they spread."""
+    return 4 if reward in ("normal", "dnc") else 3
+
+
 def strength(settings: dict) -> str:
     """What the sweep varies of a method."""
-    words = [f"{word} {settings[name]}" for name, word in (("beta", "beta"), ("reg_weight", "lambda"), ("lr", "lr"))
-             if name in settings]
-    return ", ".join(words)
+    name, value = dial(settings)
+    exponent = math.floor(math.log10(value) + 1e-9)
+    return f"{name} {value / 10 ** exponent:.3g}e{exponent}"
+
+
+def cell(point: list[dict], metric: str, places: int = 3) -> str:
+    """The mean change and its 95% interval."""
+    mean = mean_of(point, metric)
+    if metric in point[0]["by_prompt"]:
+        low, high = interval(point, metric)
+        return f"{mean:+.{places}f} ({low:+.{places}f} .. {high:+.{places}f})"
+    return f"{mean:+.{places}f}" + (f" ± {over_seeds([r['change'][metric] for r in point])[1]:.{places}f}"
+                                    if len(point) > 1 else "")
+
+
+def sweep(rows: list[dict], reward: str) -> str:
+    """Every strength at its last mark; the choice in bold, with the mark at which it gains most."""
+    lines = []
+    for name in LOOKS:
+        choice = chosen(rows, reward, name)
+        every = of(rows, "sweep", reward, name)
+        for row in sorted(every, key=lambda row: (dial(row["settings"])[1], row["mark"])):
+            best = choice is not None and row == choice.row
+            mark = "**" if best else ""
+            edge = " (at an edge: not compared)" if best and not choice.inside else ""
+            lines.append([f"{mark}{name}{mark}{edge}", f"{mark}{strength(row['settings'])}{mark}", str(row["judged"]),
+                          str(row["updates"]), cell([row], "reward", digits(reward)), "yes" if admissible(row) else "no",
+                          *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:8])])
+    return table(f"{reward}: the sweep, one seed, prompts that nothing else uses; in bold what the rule chose",
+                 ["method", "strength", "rewards asked", "updates", "reward", "no measurable loss",
+                  *[*METRICS.values()][1:8]], lines)
 
 
 def comparison(rows: list[dict], reward: str) -> str:
-    """One table in the paper's form: every method at its last mark, beside the base; and the distance to the optimum."""
-    curve, lines = optimum(rows, reward), []
+    """Every method at its last mark, and at the scale of its LoRA... in full."""
+    lines = []
     for name in LOOKS:
-        last = [path[-1] for path in compared(rows, reward, name)]
-        lost = paths([row for row in trials_of(rows, reward, name) if "diverged" in row])
-        title = name + (f" ({len(lost)} of {len(last) + len(lost)} diverged)" if lost else "")
-        if not last:
-            lines += [[title, strength(lost[0][0]["settings"])] + ["–"] * (5 + len(METRICS))] if lost else []
+        seeds = compared(rows, reward, name)
+        if not seeds:
             continue
-        best = [tilt.at_gain(curve, row["change"]["reward"]) for row in last]
-        lines.append([title, strength(last[0]["settings"]),
-                      *(f"{sum(row[count] for row in last) / len(last):.0f}" for count in ("judged", "updates")),
-                      *(number([row["change"].get(metric) for row in last], "+.4f" if metric == "reward" else "+.3f")
-                        for metric in METRICS),
-                      *(number([row[key] for row in last], ".1f") for key in ("kl", "kl_but_last")),
-                      number([point and point["kl"] for point in best], ".2f")])
-    for row in of(rows, "compare", reward)[:1]:
-        values = (row["before"].get(metric) for metric in METRICS)
-        lines.insert(0, ["the base", "", "0", "0", *(number([value], ".3f") for value in values), "0", "0", "0"])
-    columns = ["method", "strength", "evaluations", "updates", *METRICS.values(), "KL, at most (nats)",
-               "without the last step", "optimum's KL"]
-    return table(f"{reward}: change from the base at the last mark", columns, lines)
+        last = seeds.marks[-1]
+        title = name + (f" ({seeds.diverged} diverged)" if seeds.diverged else "")
+        seconds = sum(row["train_seconds"] for row in last) / len(last)
+        lines.append([title, strength(last[0]["settings"]), str(len(last)), str(last[0]["judged"]),
+                      str(last[0]["updates"]), f"{seconds:.0f}", cell(last, "reward", digits(reward)),
+                      *(cell(last, metric) for metric in [*METRICS][1:])])
+    return table(f"{reward}: change from the base at the end of training",
+                 ["method", "strength", "seeds", "rewards asked", "updates", "seconds", *METRICS.values()], lines)
 
 
-PAID = [name for name in METRICS if name not in ("reward", "fid_to_base")]
+PAID = ["alignment", "retrieved", "named", "dnc", "diversity"]
 
 
-def at_equal_reward(rows: list[dict], reward: str) -> str:
-    """What each method and the exact tilt have paid when the reward has gained so many deviations within a prompt.
-    That a method did not gain so much is said once.
+def paid(points: list[list[dict]], wanted: float, metric: str) -> str:
+    """A metric's change where the reward has gained `wanted`, and its interval."""
+    mean = at_gain(points, wanted, lambda point: mean_of(point, metric))
+    if metric not in points[0][0]["by_prompt"]:
+        return f"{mean:+.3f}"
+    spread = at_gain(points, wanted, lambda point: draws(point, metric))
+    low, high = np.quantile(spread, [0.025, 0.975])
+    return f"{mean:+.3f} ({low:+.3f} .. {high:+.3f})"
 
-    The distance to the optimum is how much farther from the base a method's samples are than the exact tilt's, by FID.
+
+def at_equal_gain(rows: list[dict], reward: str, gains: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)) -> str:
+    """What each method and the exact tilt have paid when the reward has gained so many deviations within a prompt: the
+    cost along its training, the losses where its LoRA is turned down to that gain.
     """
     curve, lines = optimum(rows, reward), []
     if not curve:
         return ""
-    spread, left = curve[0]["spread"], [name for name in LOOKS if compared(rows, reward, name)]
-    for gain in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0):
-        best = tilt.at_gain(curve, gain * spread)
+    spread = deviation(rows, reward)
+    left = {name: seeds for name in LOOKS if (seeds := compared(rows, reward, name))}
+    for wanted in gains:
+        best = tilt.at_gain(curve, wanted * spread)
         if best:
-            lines.append([f"{gain:g} sd", "**exact tilt**", "–", f"{best['kl']:.2f}", "–",
-                          f"{best['fid_to_base']:+.3f}", "0", *(f"{best[metric]:+.3f}" for metric in PAID)])
-        for name in [*left]:
-            line = paid_at(compared(rows, reward, name), gain * spread, best)
-            lines.append([f"{gain:g} sd", name, *line])
-            if line[0].startswith("not"):
-                left.remove(name)
-    return table(f"{reward}: at equal reward (1 sd = {spread:.4f}, the reward's deviation within a prompt)",
-                 ["gained", "method", "evaluations", "KL, at most (nats)", "without the last step",
-                  METRICS["fid_to_base"], "distance to the optimum", *(METRICS[name] for name in PAID)], lines)
+            lines.append([f"{wanted:g} sd", "**exact tilt**", "–", "–", "–", f"{best['fid_to_base']:+.3f}",
+                          *(f"{best[metric]:+.3f}" if metric in best else "–" for metric in PAID)])
+        for name, seeds in [*left.items()]:
+            asked, updates, seconds = (at_gain(seeds.marks, wanted * spread, partial(count, of=key))
+                                       for key in ("judged", "updates", "train_seconds"))
+            if where([gain(point) for point in seeds.scales], wanted * spread) is None:
+                lines.append([f"{wanted:g} sd", name, f"not by {seeds.marks[-1][0]['judged']}",
+                              *["–"] * (3 + len(PAID))])
+                del left[name]
+                continue
+            first = gain(seeds.marks[0]) > wanted * spread
+            words = [f"{'at most ' if first else ''}{value:.0f}" if value is not None else "–" for value in
+                     ((count(seeds.marks[0], of=key) for key in ("judged", "updates", "train_seconds"))
+                      if first else (asked, updates, seconds))]
+            lines.append([f"{wanted:g} sd", name, *words, paid(seeds.scales, wanted * spread, "fid_to_base"),
+                          *(paid(seeds.scales, wanted * spread, metric) for metric in PAID)])
+    return table(f"{reward}: at equal gain (1 sd = {spread:.4f}, the reward's deviation within a prompt)",
+                 ["gained", "method", "rewards asked", "updates", "seconds", METRICS["fid_to_base"],
+                  *(METRICS[name] for name in PAID)], lines)
 
 
-def paid_at(every: list[list[dict]], gain: float, best: dict | None) -> list[str]:
-    """The cells of a method in `at_equal_reward`, from its paths, one per seed; or that some seed never gained it."""
-    def seeds(value: Callable[[dict], float], power: float = 1.0) -> list[float | None]:
-        return [reached(path, gain, value, power) for path in every]
-
-    fid = seeds(lambda row: row["change"]["fid_to_base"], 2)
-    if None in fid:
-        most = max(path[-1]["judged"] for path in every)
-        return [f"not by {most} ({fid.count(None)} of {len(fid)} seeds)", *["–"] * (4 + len(PAID))]
-    distance = [value - best["fid_to_base"] for value in fid] if best else []
-    judged = [max(path[0]["judged"], reached(path, gain, lambda row: row["judged"])) for path in every]
-    before_first = any(path[0]["change"]["reward"] > gain for path in every)        # then its cost is not known exactly
-    return [("at most " if before_first else "") + number(judged, ".0f"),
-            number(seeds(kl, 2), ".1f"), number(seeds(kl_but_last, 2), ".1f"), number(fid), number(distance),
-            *(number(seeds(partial(changed, metric=metric))) for metric in PAID)]
-
-
-def changed(row: dict, metric: str) -> float:
-    return row["change"][metric]
+def count(point: list[dict], of: str) -> float:
+    return sum(row[of] for row in point) / len(point)
 
 
 def optima(rows: list[dict], rewards: list[str]) -> str:
     """What one deviation of each reward costs at the optimum, and how much of it lies within kinds of objects."""
-    lines = []
+    lines, metrics = [], [metric for metric in METRICS if metric not in ("reward", "named")]
     for reward in rewards:
         curve = optimum(rows, reward)
-        best = tilt.at_gain(curve, curve[0]["spread"]) if curve else None
+        best = tilt.at_gain(curve, deviation(rows, reward)) if curve else None
         if best:
-            within = of(rows, "tilt", reward)[0].get("share_within")
-            lines.append([reward, f"{curve[0]['spread']:.4f}", number([within], ".2f"),
-                          f"{best['kl']:.2f}", *(f"{best[metric]:+.3f}" for metric in METRICS if metric != "reward")])
+            within = of(rows, "tilt", reward)[0]["share_within"]
+            lines.append([reward, f"{deviation(rows, reward):.4f}", f"{within:.2f}", f"{best['kl']:.2f}",
+                          *(f"{best[metric]:+.3f}" for metric in metrics)])
     return table("the exact tilt where the reward has gained one deviation within a prompt",
-                 ["reward", "deviation", "share within kinds", "KL (nats)",
-                  *(title for metric, title in METRICS.items() if metric != "reward")], lines)
+                 ["reward", "deviation", "share within kinds", "KL (nats)", *(METRICS[metric] for metric in metrics)],
+                 lines)
+
+
+def ablations(rows: list[dict], reward: str) -> str:
+    """One change each, beside what it changes, at the last mark; one seed."""
+    lines = []
+    kept = [row for row in of(rows, "compare", reward) if row["settings"]["seed"] == 0 and row["scale"] == 1]
+    changed = of(rows, "ablate", reward)
+    for row in [row for row in kept if row["mark"] in {r["mark"] for r in changed}] + changed:
+        lines.append([row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
+                      f"{row['kl_but_last']:.1f}", cell([row], "reward", digits(reward)),
+                      *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:8])])
+    return table(f"{reward}: one change each, one seed", ["trial", "strength", "rewards asked", "updates",
+                 "KL without the last step, at most", *[*METRICS.values()][:8]], lines) if changed else ""
 
 
 def small_betas(rows: list[dict], reward: str) -> str:
@@ -291,7 +397,7 @@ def small_betas(rows: list[dict], reward: str) -> str:
         lines.append([path[0]["name"].removeprefix("beta "), f"{exact:+.4f}" if exact else "–", ", ".join(trained),
                       share])
     return table(f"{reward}: gain with small betas",
-                 ["beta", "exact tilt", "trained (evaluations)", "the last, of the exact tilt's"], lines)
+                 ["beta", "exact tilt", "trained (rewards asked)", "the last, of the exact tilt's"], lines)
 
 
 def at_beta(curve: list[dict], beta: float) -> float | None:
@@ -301,15 +407,6 @@ def at_beta(curve: list[dict], beta: float) -> float | None:
             share = (beta - left["beta"]) / (right["beta"] - left["beta"])
             return left["gain"] + share * (right["gain"] - left["gain"])
     return None
-
-
-def trials_table(rows: list[dict], experiment: str, reward: str) -> str:
-    """Every row of the sweep or of the ablations."""
-    lines = [[row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
-              *(f"{row[key]:.1f}" for key in ("kl", "kl_but_last")),
-              *(f"{row['change'][metric]:+.3f}" for metric in METRICS)] for row in of(rows, experiment, reward)]
-    return table(f"{reward}: {experiment}", ["trial", "strength", "evaluations", "updates", "KL, at most (nats)",
-                                                "without the last step", *METRICS.values()], lines)
 
 
 def base_table(quality: dict) -> str:
@@ -329,46 +426,49 @@ def base_table(quality: dict) -> str:
 
 def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
-    text = "".join(make(rows, reward) for make in (comparison, at_equal_reward, small_betas) for reward in rewards)
-    trials = (trials_table(rows, experiment, reward) for experiment in ("ablate", "tune") for reward in rewards)
-    return optima(rows, rewards) + text + "".join(trials)
+    made = (make(rows, reward) for make in (comparison, at_equal_gain, sweep, ablations, small_betas)
+            for reward in rewards)
+    return optima(rows, rewards) + "".join(made)
+
+
+# ---- The plot -----------------------------------------------------------------------------------------------------------
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Gain, in deviations within a prompt, against KL divergence, all of it and without the sampler's last step, and
-    against FID: one row per reward. Faint: all strengths of the sweep.
+    """Gain, in deviations within a prompt: over rewards asked, over seconds of training, and over what is lost (along
+    the LoRA's scale at the end of training). One line per reward; points are means over seeds.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     rewards = [*dict.fromkeys(row["reward"] for row in rows if row["experiment"] == "compare")]
-    figure = Figure(figsize=(11.0, 0.6 + 3.0 * max(len(rewards), 1)), layout="constrained")
+    figure = Figure(figsize=(13.0, 0.6 + 3.0 * max(len(rewards), 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(max(len(rewards), 1), 3, squeeze=False)
-    for row, reward in zip(panels, rewards):
-        curve = optimum(rows, reward)
-        spread = curve[0]["spread"] if curve else 1.0
-        costs = {"KL from the base, at most (nats)": kl,
-                 "KL without the last step": lambda row: row.get("kl_but_last", row["kl"]),
-                 "FID to the base": lambda row: (row["change"] if "change" in row else row)["fid_to_base"]}
-        for axes, (title, cost) in zip(row, costs.items()):
-            if curve:
-                axes.plot([cost(point) for point in curve], [point["gain"] / spread for point in curve], "k-",
-                          linewidth=2.5, label="exact tilt (optimum)")
-            for name, (color, marker) in LOOKS.items():
-                for trial in paths(of(rows, "tune", reward, name)):
-                    x, y = zip(*((cost(row), row["change"]["reward"] / spread) for row in trial))
-                    axes.plot(x, y, color=color, marker=".", linewidth=0.6, markersize=3, alpha=0.35)
-                for number, trial in enumerate(compared(rows, reward, name)):
-                    x, y = zip((0, 0), *((cost(row), row["change"]["reward"] / spread) for row in trial))
-                    axes.plot(x, y, color=color, marker=marker, linewidth=1, markersize=4,
-                              label=None if number else name)
-            axes.set(xlabel=title)
-            axes.grid(alpha=0.3)
-        row[0].set(ylabel=f"{reward}: gain (sd within a prompt)")
-        for axes in row[:2]:
-            axes.set(xscale="symlog")
-            axes.set_xlim(left=0)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=9)
+    titles = ["rewards asked", "updates", "seconds of training (one core)", "alignment lost", "FID to the base gained"]
+    panels = figure.subplots(max(len(rewards), 1), len(titles), squeeze=False)
+    handles = {}
+    for axes, reward in zip(panels, rewards):
+        unit, curve = deviation(rows, reward), optimum(rows, reward)
+        # What hpsv2 loses cannot be alignment, which is the reward itself: diversity.
+        lost = "diversity" if reward == "hpsv2" else "alignment"
+        for name, (color, marker) in LOOKS.items():
+            seeds = compared(rows, reward, name)
+            if not seeds:
+                continue
+            look = {"color": color, "marker": marker, "linewidth": 1.2, "markersize": 4, "label": name}
+            gained = [0, *(gain(point) / unit for point in seeds.marks)]
+            for panel, key in zip(axes, ("judged", "updates", "train_seconds")):
+                handles[name], = panel.plot([0, *(count(point, of=key) for point in seeds.marks)], gained, **look)
+            gained = [0, *(gain(point) / unit for point in seeds.scales)]
+            axes[3].plot([0, *(-mean_of(point, lost) for point in seeds.scales)], gained, **look)
+            axes[4].plot([0, *(mean_of(point, "fid_to_base") for point in seeds.scales)], gained, **look)
+        for panel, metric, sign in ((axes[3], lost, -1), (axes[4], "fid_to_base", 1)):
+            handles["exact tilt"], = panel.plot([sign * point[metric] for point in curve],
+                                                [point["gain"] / unit for point in curve], "k-", linewidth=2.5)
+        axes[0].set(ylabel=f"{reward}: gain (deviations)", xscale="symlog", xlim=(0, None))
+        for panel, title in zip(axes, titles):
+            panel.set(xlabel=title.replace("alignment", lost))
+            panel.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=8, fontsize=9)
     write_atomic(path, to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
 

@@ -17,45 +17,41 @@ import r2d3  # noqa: E402
 from support import load_weights  # noqa: E402
 
 ABOUT = {"cmd": "a test"}
-TINY = {"method": "nabla", "beta": "5sd", "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2,
-        "steps": 6, "seed": 0}
+TINY = {"beta": 1e5, "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2, "steps": 6, "seed": 0}
 
 
-def tiny(**changes):
-    return compare.Trial("compare", "per sample", "aesthetic", TINY | changes, [1])
+def tiny(experiment="compare", marks=(1,), scales=(1.0,), **changes):
+    config = compare.PAPER | compare.ONCE | TINY | changes | {"reward": "aesthetic"}
+    return compare.Trial(experiment, "E8 score", "aesthetic", {"beta": config["beta"], "seed": 0}, config, [*marks], [*scales])
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    prompts = ["a red cube", "a cone", "something green on a ring"]
+    unseen, others = ["a red cube", "a cone", "something green on a ring"], ["a blue ring", "a sphere on a cube"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(r2d3, "load_prompts", lambda spec: prompts)
-        return compare.World(True, tmp_path_factory.mktemp("world"), samples=2, steps=6)
+        patch.setattr(compare.World, "load_prompts", staticmethod(lambda config: (unseen, {"unseen": unseen, "sweep": others})))
+        return compare.World(tmp_path_factory.mktemp("world"), samples=2, steps=6)
 
 
-def test_the_sweep_is_measured_on_prompts_of_its_own(tmp_path, monkeypatch):
-    fields = compare.metrics.Measurement._fields
-    empty = compare.metrics.Measurement(*[torch.zeros(compare.PROMPTS, 1, 4, 64)] * len(fields))
-    some = {reward: torch.rand(2, 3) for reward in compare.REWARDS}
-    monkeypatch.setattr(compare.World, "measure", lambda self, seed, prompts, samples: (empty, some))
-    worlds = {unseen: compare.World(unseen, tmp_path) for unseen in (True, False)}
+def test_what_is_measured_is_never_trained_on():
     train, test = (r2d3.load_prompts(str(ROOT / f"prompts/shapes_{part}.txt")) for part in ("train", "test"))
-    assert (worlds[True].prompts, worlds[True].measured) == (train, test[:compare.PROMPTS])
-    tuned, judged = worlds[False].prompts, worlds[False].measured
-    assert len(judged) == compare.PROMPTS and not {*tuned} & {*judged} and {*tuned, *judged} <= {*train}
-    assert not {*judged} & {*test} and worlds[True].spread == worlds[False].spread
-    kinds = [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in judged]
-    assert [kinds.count(kind) for kind in ("closed", "open", "hard")] == [8, 8, 8]
-    # Neither takes the other's measurements of the base: three of each, and the draws for the histograms.
-    assert len(list(tmp_path.glob("base-*.pt"))) == 3 + 16 + 3 + 1
+    loaded = compare.World.load_prompts(r2d3.resolve(r2d3.Config()))
+    assert loaded == (train, {"unseen": test[:24], "sweep": test[24:48]})
+    assert not {*train} & {*test}
+    for judged in loaded[1].values():
+        kinds = [make_shapes.group(make_shapes.parse_caption(prompt)) for prompt in judged]
+        assert [kinds.count(kind) for kind in ("closed", "open", "hard")] == [8, 8, 8]
 
 
 def test_every_method_is_tuned_alike():
-    found = compare.trials("tune", "hpsv2", [0], [])
-    counts = [sum(trial["name"] == name for trial in found) for name in compare.METHODS]
-    assert {*counts} == {3} and len({json.dumps(trial) for trial in found}) == len(found)
-    assert compare.trials("compare", "hpsv2", [0, 1], []) == []         # nothing was tuned yet
-    assert {*compare.METHODS} == {*tables.LOOKS}
+    """At least three strengths each, on every reward that has any; the comparison takes what lies inside."""
+    for reward in compare.REWARDS:
+        found = compare.trials("sweep", reward, [0], [])
+        names = [trial.name for trial in found]
+        assert {*names} <= {*compare.METHODS} == {*tables.LOOKS}
+        assert min(names.count(name) for name in names) >= 3
+        assert len({json.dumps(trial.row(), sort_keys=True) for trial in found}) == len(found)
+        assert compare.trials("compare", reward, [0, 1], [optimum(0.0, 0.0, 0.0, reward=reward)]) == []
 
 
 def strip(row):
@@ -63,39 +59,66 @@ def strip(row):
 
 
 def test_a_trial_goes_on_where_it_stopped(world, tmp_path):
-    trial = tiny()
     for marks, name in (([1, 6], "straight"), ([1], "resumed"), ([1, 6], "resumed"), ([1, 6], "resumed")):
-        trial.marks = marks
         world.work = tmp_path / name
         world.work.mkdir(exist_ok=True)
-        compare.run(world, trial, ABOUT, tmp_path / f"{name}.jsonl")
+        compare.run(world, tiny(marks=marks), ABOUT, tmp_path / f"{name}.jsonl")
     straight, resumed = (tables.read(tmp_path / f"{name}.jsonl") for name in ("straight", "resumed"))
     assert [row["mark"] for row in straight] == [1, 6] and [strip(row) for row in straight] == [strip(row) for row in resumed]
     assert straight[0]["judged"] >= 1 and straight[1]["judged"] >= 6 and straight[1]["change"]["reward"] != 0
     assert straight[1]["kl"] > straight[1]["kl_but_last"] > 0
     assert straight[0]["change"]["reward"] == pytest.approx(straight[0]["change"]["reward_aesthetic"], abs=1e-6)
-    trial.marks = [1, 2, 6]                                     # a mark before its state
-    compare.run(world, trial, ABOUT, tmp_path / "resumed.jsonl")
+    assert straight[0]["change"]["dnc"] == pytest.approx(straight[0]["change"]["reward_dnc"], abs=1e-6)
+    compare.run(world, tiny(marks=[1, 2, 6]), ABOUT, tmp_path / "resumed.jsonl")       # a mark between those there are
     assert [row["mark"] for row in tables.read(tmp_path / "resumed.jsonl")] == [1, 6, 2]
     assert tables.read(tmp_path / "resumed.jsonl", "another base") == []
 
 
+def test_scales_and_other_prompts_need_no_training(world, tmp_path, monkeypatch):
+    """Half of the LoRA is measured from what was kept; none of it is the base. The sweep's training is the comparison's."""
+    world.work = tmp_path
+    compare.run(world, tiny("sweep"), ABOUT, tmp_path / "rows.jsonl")
+    monkeypatch.setattr(r2d3, "train_epoch", None)
+    compare.run(world, tiny(scales=[1.0, 0.5, 0.0]), ABOUT, tmp_path / "rows.jsonl")
+    swept, whole, half, none = tables.read(tmp_path / "rows.jsonl")
+    assert (swept["measured_on"], whole["measured_on"]) == ("sweep", "unseen") and swept["identity"] == whole["identity"]
+    assert len(swept["by_prompt"]["reward"]) == 2 and len(whole["by_prompt"]["reward"]) == 3
+    assert [row["scale"] for row in (whole, half, none)] == [1, 0.5, 0]
+    assert 0 < half["kl"] < whole["kl"] and none["kl"] == none["change"]["reward"] == none["change"]["fid_to_base"] == 0
+    assert whole["change"]["reward"] == pytest.approx(sum(whole["by_prompt"]["reward"]) / 3, abs=1e-5)
+    assert not [name for name, _ in world.base.net.named_parameters() if "lora" in name]
+
+
+def test_a_bound_on_the_gradient(world):
+    lengths = torch.tensor([1.0, 2.0, 8.0])
+    u = torch.nn.functional.normalize(torch.randn(3, 4, 5).flatten(1), dim=1).view(3, 4, 5) * lengths[:, None, None]
+    assert compare.bound(u).flatten(1).norm(dim=1).tolist() == pytest.approx([1, 2, 2])
+    x0 = torch.randn(2, *world.base.latent_shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for bounded in (False, True):
+        trial = tiny(bounded=bounded)
+        judge = compare.make_judge(world, trial, compare.configured(world, trial))
+        leaf = x0.clone().requires_grad_()
+        reward, _ = judge(leaf, ["a red cube"] * 2, [r2d3.seeded(n) for n in range(2)])
+        gradients.append(torch.autograd.grad(reward.sum(), leaf)[0].flatten(1))
+    free, held = gradients
+    assert held.norm(dim=1).tolist() == pytest.approx([free.norm(dim=1).min().item()] * 2, rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(free, held).tolist() == pytest.approx([1, 1])
+
+
 def test_a_trial_that_another_process_has_is_left_alone(world, tmp_path):
     world.work = tmp_path
-    trial = tiny()
-    compare.run(world, trial, ABOUT, tmp_path / "rows.jsonl")
-    trial.marks = [6]
+    compare.run(world, tiny(), ABOUT, tmp_path / "rows.jsonl")
     lock, = tmp_path.glob("*.lock")
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        compare.run(world, trial, ABOUT, tmp_path / "rows.jsonl")
+        compare.run(world, tiny(marks=[6]), ABOUT, tmp_path / "rows.jsonl")
     assert len(tables.read(tmp_path / "rows.jsonl")) == 1
 
 
 def test_a_trial_that_diverges_is_a_row(world, tmp_path):
     world.work = tmp_path
-    trial = tiny(beta=1e30, lr=1e30)
-    trial.marks = [30]
+    trial = tiny(beta=1e30, lr=1e30, marks=[30, 60])
     for wait in (False, True):
         compare.run(world, trial, ABOUT, tmp_path / "rows.jsonl", wait)
     row, = tables.read(tmp_path / "rows.jsonl")
@@ -113,7 +136,7 @@ def test_the_divergence_is_that_of_the_steps(world):
             if "lora_B" in name:
                 weight.data = 0.02 * torch.randn(weight.shape, generator=generator)
         steps, schedule, expected = world.path_kl(), world.schedule, []
-        named = [prompt for prompt in world.measured for _ in range(2)]
+        named = world.measured["unseen"]
         cond = world.base.encode(named)
         generators = [r2d3.seeded("kl", n) for n in range(len(named))]
         with torch.no_grad():
@@ -129,14 +152,16 @@ def test_the_divergence_is_that_of_the_steps(world):
         world.base.net = world.base.net.unload()
 
 
-def test_presets_belong_to_a_trial(world, monkeypatch):
-    """A changed preset is another trial, though its row would name the same settings; where rows go is not."""
-    config = compare.configured(world, tiny())
-    assert config.beta == pytest.approx(5 / world.spread["aesthetic"])
-    same = r2d3.dataclasses.replace(config, out="elsewhere", epochs=99)
-    assert compare.identity(config, ["a"]) == compare.identity(same, ["a"])
-    assert compare.identity(config, ["a"]) != compare.identity(config, ["b"])
-    assert compare.identity(config, ["a"]) != compare.identity(r2d3.dataclasses.replace(config, steps=7), ["a"])
+def test_what_a_trial_is(world):
+    """Settings that training depends on make another trial, presets too; where files go and what is measured do not."""
+    own = compare.identity(world, tiny())
+    assert own == compare.identity(world, tiny("sweep", marks=[7], scales=[0.5])._replace(name="other"))
+    for change in ({"beta": 2e5}, {"seed": 1}, {"fraction": 0.3}, {"reg_weight": 7.0}, {"bounded": True}, {"views": 4}):
+        assert compare.identity(world, tiny(**change)) != own
+    free = {"base", "weights", "precision", "checkpoint", "device", "backend", "prompts", "recipe", "micro_batch", "epochs",
+            "resume", "test_prompts", "eval_prompts", "out", "samples_per_prompt", "eval_batch", "run", "mesh", "merge",
+            "protocol", "branch"}
+    assert free | {*compare.DEPENDS} >= {field.name for field in r2d3.dataclasses.fields(r2d3.Config)}
 
 
 def test_the_exact_tilt_is_rows(world, tmp_path, monkeypatch):
@@ -157,7 +182,7 @@ def test_the_exact_tilt_is_rows(world, tmp_path, monkeypatch):
 
 def test_open_slots_are_named(world):
     """"a cone" leaves its colour open, "something green" its shape, "a ring" its colour."""
-    names = compare.named_open(world, world.before[0].features)
+    names = compare.named_open(world, world.before["unseen"][0].features)
     assert [(n, slot, which) for n, slot, which, _ in names] == [(1, 0, 0), (2, 0, 1), (2, 1, 0)]
     weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
     labels = [(1, 0, 0, ["red", "blue"]), (2, 1, 0, ["red", "cyan"]), (2, 0, 1, ["cone", "cube"])]
@@ -167,58 +192,88 @@ def test_open_slots_are_named(world):
     assert sum(colors.values()) == sum(shapes.values()) == 1
 
 
-def made(name, seed, judged, gain, far, experiment="compare", reward="aesthetic", **settings):
+def made(name, seed, judged, gain, far, experiment="compare", reward="aesthetic", scale=1.0, spread=0.004, **settings):
+    """A row; prompts gain `gain` plus and minus `spread`, lose a tenth of it in alignment, and more FID the more they gain."""
     change = dict.fromkeys(tables.METRICS, 0.0) | {"reward": gain, "alignment": -gain / 10, "fid_to_base": gain / 20}
+    by_prompt = {name: [change[name] + spread * sign for sign in (-1, 1, -1, 1)] for name in compare.BY_PROMPT}
     return ABOUT | {"experiment": experiment, "name": name, "reward": reward, "mark": judged, "judged": judged,
-                    "updates": judged, "settings": {"seed": seed, "beta": "5sd"} | settings, "spread": 0.1, "kl": far,
-                    "kl_but_last": far / 2, "change": change, "before": dict.fromkeys(tables.METRICS, 0.5), "base": "x"}
+                    "updates": judged, "settings": {"seed": seed, "lr": 1e-3} | settings, "scale": scale, "kl": far,
+                    "train_seconds": 2.0 * judged, "kl_but_last": far / 2, "change": change, "by_prompt": by_prompt,
+                    "before": dict.fromkeys(tables.METRICS, 0.5), "base": "x"}
 
 
-def optimum(gain, far, beta, spread=0.1):
-    return made("", 0, 0, gain, far, "tilt") | {"beta": beta, "effective": 20.0, "spread": spread}
+def optimum(gain, far, beta, spread=0.1, reward="aesthetic"):
+    return made("", 0, 0, gain, far, "tilt", reward) | {"beta": beta, "effective": 20.0, "spread": spread,
+                                                        "share_within": 0.5}
 
 
-def test_equal_reward_is_read_off_the_curve():
-    path = [made("DDPO", 0, 10, 0.1, 1.0), made("DDPO", 0, 20, 0.3, 5.0)]
-    assert tables.reached(path, 0.2, tables.kl) == pytest.approx(2 ** (math.log(5) / math.log(3)))
-    assert tables.reached(path, 0.05, tables.kl) == pytest.approx(0.5)                  # from the untouched base: a mean
-    assert tables.reached(path, 0.05, tables.kl, 2) == pytest.approx(0.25)              # and a squared distance
-    assert tables.reached(path, 0.4, tables.kl) is None
-    rising = [made("a", 0, 10, 0.1, 1.0), made("a", 0, 20, 0.3, -3.0)]                  # no power law through zero
-    assert tables.reached(rising, 0.2, tables.kl) == pytest.approx(-1.0)
-    fallen = [made("a", 0, 10, -0.1, 1.0), made("a", 0, 20, 0.1, 3.0)]                  # nor one from a loss of reward
-    assert tables.reached(fallen, 0.05, tables.kl) == pytest.approx(2.5)
-    mean, half = tables.mean_and_half([1.0, 2.0, 6.0])
+def swept(gains, name="ReFL", lost=None):
+    """A sweep: gains by lr and mark; prompts lose `lost` of alignment at the strengths that it names."""
+    rows = [optimum(0.0, 0.0, 0.0)]
+    for lr, path in gains.items():
+        for judged, gain in path.items():
+            rows.append(made(name, 0, judged, gain, 1.0, "sweep", lr=lr))
+            rows[-1]["by_prompt"]["alignment"] = [-0.02, -0.03, -0.02, -0.03] if lr in (lost or []) else [-0.1, 0.1] * 2
+    return rows
+
+
+GAINS = {1e-4: {20: 0.02, 40: 0.03}, 1e-3: {20: 0.03, 40: 0.06}, 1e-2: {20: 0.01, 40: 0.09}}
+
+
+def test_the_rule_takes_the_most_gain_at_no_measurable_loss():
+    choice = tables.chosen(swept(GAINS, lost=[1e-2]), "aesthetic", "ReFL")
+    assert choice.settings == {"lr": 1e-3} and choice.inside and choice.row["mark"] == 40
+    assert not tables.chosen(swept(GAINS), "aesthetic", "ReFL").inside                  # 1e-2 is the largest that was tried
+    assert tables.chosen(swept(GAINS), "aesthetic", "ReFL").settings == {"lr": 1e-2}
+    near = {1e-4: {20: 0.001}, 3e-4: {20: 0.055}, 1e-3: {40: 0.06}, 1e-2: {20: -0.1}}   # within a tenth: FID decides
+    assert tables.chosen(swept(near), "aesthetic", "ReFL").settings == {"lr": 3e-4}
+    assert tables.chosen(swept(GAINS), "aesthetic", "DRaFT") is None is tables.chosen(swept(GAINS), "dnc", "ReFL")
+    row = swept(GAINS)[1]
+    assert tables.admissible(row)
+    assert not tables.admissible(row | {"change": row["change"] | {"dnc": -0.006}})
+    assert not tables.admissible(row | {"by_prompt": row["by_prompt"] | {"retrieved": [-0.1, 0.0, -0.1, -0.1]}})
+    worse = {"by_prompt": row["by_prompt"] | {"alignment": [-0.1, -0.2, -0.1, -0.1]}}
+    assert not tables.admissible(row | worse) and tables.admissible(row | worse | {"reward": "hpsv2"})
+
+
+def test_no_table_has_a_method_whose_choice_lies_at_an_edge():
+    ours = [made("ReFL", seed, 40, 0.06, 1.0, lr=lr) for seed in (0, 1) for lr in (1e-3, 1e-2)]
+    inside = swept(GAINS, lost=[1e-2]) + ours
+    assert "| ReFL | lr 1e-3 | 2 | 40 |" in tables.comparison(inside, "aesthetic")
+    assert "**ReFL** | **lr 1e-3**" in tables.sweep(inside, "aesthetic")
+    edge = swept(GAINS) + ours
+    assert tables.comparison(edge, "aesthetic") == "" and "at an edge: not compared" in tables.sweep(edge, "aesthetic")
+    again = [trial for trial in compare.trials("compare", "aesthetic", [2], inside)]
+    assert [trial.settings for trial in again] == [{"lr": 1e-3, "seed": 2}] and again[0].name == "ReFL"
+    assert compare.trials("compare", "aesthetic", [2], edge) == []
+
+
+def test_intervals_cover_seeds_and_prompts():
+    alike = [made("ReFL", seed, 40, 0.06, 1.0, spread=0.0) for seed in (0, 1)]
+    assert tables.interval(alike, "reward") == pytest.approx((0.06, 0.06))
+    prompts = [made("ReFL", seed, 40, 0.06, 1.0, spread=0.04) for seed in (0, 1)]
+    seeds = [made("ReFL", seed, 40, gain, 1.0, spread=0.0) for seed, gain in enumerate((0.02, 0.1))]
+    for rows in (prompts, seeds):       # +-0.04 over four prompts, which both seeds share; over two seeds
+        low, high = tables.interval(rows, "reward")
+        assert low == pytest.approx(0.02, abs=0.005) and high == pytest.approx(0.1, abs=0.005)
+    mean, half = tables.over_seeds([1.0, 2.0, 6.0])
     assert mean == 3 and half == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)       # t for 2 degrees of freedom
-    rows = [*path, *(made("DDPO", 1, judged, gain, far) for judged, gain, far in ((10, 0.1, 1.0), (20, 0.2, 3.0))),
-            made("DDPO", 1, 40, 0.9, 9.0),                                              # a mark that seed 0 lacks
-            optimum(0.0, 0.0, 0.0), optimum(0.15, 0.5, 10.0)]
-    text = tables.tables(rows)
-    assert "| 1 sd | **exact tilt** | – | 0.33 | – | +0.005 | 0 |" in text
-    assert "| 0.5 sd | DDPO | at most 10 ± 0 | 0.2" in text
-    assert "| 1 sd | DDPO | 10 ± 0 | 1.0 ± 0.0 | 0.5 ± 0.0 | +0.005 ± 0.000 |" in text
-    assert "| DDPO | beta 5sd | 20 | 20 |" in text and "| 3 sd | DDPO | not by 20 (2 of 2 seeds) |" in text
-    lost = made("DDPO", 2, 10, 0.1, 1.0) | {"diverged": "nan"}
-    assert "| DDPO (1 of 3 diverged) |" in tables.comparison([*rows, lost], "aesthetic")
 
 
-def test_the_sweep_chooses_what_is_compared():
-    """The strength that is closest to the prior where the reward has gained one deviation; else the largest gain."""
-    rows = [made("ReFL", 0, judged, gain, far, "tune", lr=lr) for lr, path in {
-        1e-4: [(20, 0.05, 0.1), (40, 0.06, 0.1)], 2e-4: [(20, 0.08, 0.4), (40, 0.2, 4.0)],
-        3e-4: [(20, 0.12, 2.0), (40, 0.3, 9.0)]}.items() for judged, gain, far in path]
-    assert tables.chosen(rows, "aesthetic", "ReFL") == {"beta": "5sd", "lr": 2e-4}
-    assert tables.chosen(rows[:5], "aesthetic", "ReFL") is None                         # the sweep is not complete
-    weak = [row | {"change": row["change"] | {"reward": row["change"]["reward"] / 10}} for row in rows]
-    assert tables.chosen(weak, "aesthetic", "ReFL")["lr"] == 3e-4
-    broken = [*rows[:3], *rows[4:], rows[3] | {"diverged": "nan"}]     # at its last mark
-    assert tables.chosen(broken, "aesthetic", "ReFL")["lr"] == 3e-4
-    assert tables.chosen(rows, "aesthetic", "DRaFT") is None and tables.chosen(rows, "dnc", "ReFL") is None
-    again, = [trial for trial in compare.trials("compare", "aesthetic", [2], rows)]
-    assert again["settings"] == {"beta": "5sd", "lr": 2e-4, "seed": 2} and again["name"] == "ReFL"
-    other = made("ReFL", 0, 5, 0.1, 1.0, lr=9e-4)               # an earlier trial that the sweep did not choose
-    kept = made("ReFL", 0, 5, 0.1, 1.0, lr=2e-4)
-    assert tables.compared([*rows, other, kept], "aesthetic", "ReFL") == [[kept]]
+def test_equal_gain_is_read_off_the_marks_and_the_scales():
+    rows = swept(GAINS, lost=[1e-2]) + [optimum(0.15, 0.5, 10.0)]
+    rows += [made("ReFL", seed, judged, gain, 1.0) for seed in (0, 1) for judged, gain in ((20, 0.04), (40, 0.16))]
+    rows += [made("ReFL", seed, 40, 0.08, 1.0, scale=0.5) for seed in (0, 1)] + [made("ReFL", 1, 80, 0.9, 9.0)]
+    seeds = tables.compared(rows, "aesthetic", "ReFL")
+    assert [tables.gain(point) for point in seeds.marks] == pytest.approx([0.04, 0.16])         # 80 is not in both seeds
+    assert [tables.gain(point) for point in seeds.scales] == pytest.approx([0.08, 0.16])
+    text = tables.at_equal_gain(rows, "aesthetic", (0.2, 1.0, 2.0))
+    assert "| 1 sd | **exact tilt** | – | – | – | +0.005 | -0.010 |" in text
+    assert "| 0.2 sd | ReFL | at most 20 | at most 20 | at most 40 | +0.001 | -0.002 (" in text
+    assert "| 1 sd | ReFL | 30 | 30 | 60 | +0.005 | -0.010 (" in text and "| 2 sd | ReFL | not by 40 |" in text
+    lost = made("ReFL", 2, 20, 0.1, 1.0) | {"diverged": "nan"}
+    assert "| ReFL (1 diverged) |" in tables.comparison([*rows, lost], "aesthetic")
+    assert tables.where([0.1, 0.05, 0.3], 0.2) == (2, pytest.approx(0.6)) and tables.where([0.1], 0.2) is None
 
 
 def test_nothing_may_lie_above_the_optimum():
@@ -229,7 +284,7 @@ def test_nothing_may_lie_above_the_optimum():
 
 def test_small_betas_are_held_against_the_tilt():
     rows = [optimum(0.0, 0.0, 0.0), optimum(0.1, 0.5, 10.0)]
-    rows += [made("beta 1sd", 0, judged, gain, 1.0, "beta") | {"beta": 5.0} for judged, gain in ((64, 0.02), (128, 0.045))]
+    rows += [made("beta 1sd", 0, judged, gain, 1.0, "beta", beta=5.0) | {"beta": 5.0} for judged, gain in ((64, 0.02), (128, 0.045))]
     assert "| 1sd | +0.0500 | +0.0200 (64), +0.0450 (128) | 0.90 |" in tables.small_betas(rows, "aesthetic")
 
 
@@ -241,24 +296,15 @@ def test_the_readme_has_the_base_as_it_was_measured():
 
 
 def test_the_committed_rows_are_the_claim(tmp_path):
-    """Every trial is there once, nothing beats the optimum, and the README's tables are made from the rows."""
+    """Every row is there once, nothing beats the optimum, and the README's tables are made from the rows."""
     rows = tables.read(tables.ROWS, tables.base_hash())
-    keys = [json.dumps([row.get(name) for name in ("experiment", "name", "reward", "settings", "mark", "beta")],
+    keys = [json.dumps([row.get(name) for name in ("experiment", "name", "reward", "settings", "mark", "scale", "beta")],
                        sort_keys=True) for row in rows]
     assert len({*keys}) == len(keys) > 0, "the embedded base has changed: make the rows again (experiments/compare.py)"
-    done = [reward for reward in compare.REWARDS if tables.of(rows, "compare", reward)]
-    assert done == compare.REWARDS
     for reward in compare.REWARDS:
         assert len(tables.optimum(rows, reward)) > 3 and tables.above(rows, reward) == []
-    for reward in done:
-        for experiment in ("tune", "compare"):
-            found = compare.trials(experiment, reward, [0, 1, 2], rows)
-            assert len(found) == 15, (reward, experiment)
-            for trial in found:
-                there = [row for row in rows if trial.items() <= row.items()]
-                assert {*trial.marks} <= {row["mark"] for row in there} or any("diverged" in row for row in there), trial
     text, lines = (ROOT / "experiments/README.md").read_text(encoding="utf-8"), tables.tables(rows).splitlines()
-    for title in ("## 2.", "## 3.", "## 5.", "## 6."):
+    for title in ("## 2.", "## 5."):
         section = text.partition(title)[2].partition("\n## ")[0].partition("\n# ")[0]
         quoted = [line for line in section.splitlines() if line.startswith("| ")]
         assert len(quoted) >= 4 and {*quoted} <= {*lines}, {*quoted} - {*lines}
