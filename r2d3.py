@@ -79,12 +79,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Render, gradient_matching, rasterize
-from support import (UserError, check_writable, cli, export, gaussiancube, metrics, presets, published,
-                     report, run, say_not_finite, scorers, shapes, to_bytes, to_json, write_atomic)
+from support import (UserError, check_writable, cli, export, folders, gaussiancube, inputs, metrics, presets,
+                     processes, published, report, say_not_finite, scorers, shapes, to_bytes, to_json,
+                     write_atomic)
 from support.export import SH_C0, write_ply as save_ply
 from support.metrics import Features, Measurement
 from support.published import join_views
-from support.run import frozen, load_lora, load_prompts, phase
+from support.inputs import load_lora, load_prompts
+from support.processes import frozen, phase
 
 # Letters in shapes: B objects, V views, N Gaussians per object, M transitions in a micro-batch, T steps of
 # the sampler, P prompts, S objects per prompt, C h w one view of the latent (h in E2 and E3 is another), H W
@@ -207,7 +209,7 @@ def resolve(config: Config, command: str = "train") -> Config:
 
     Raises UserError for settings that cannot work. The guidance stays None if it is the base's own.
     """
-    rewards = [name for name, _ in run.reward_terms(config.reward)]
+    rewards = [name for name, _ in inputs.reward_terms(config.reward)]
     defaults = presets.defaults(config.base, config.recipe, rewards, config.method)
     rewards = "-".join(Path(reward.rpartition(":")[0] or reward).stem for reward in rewards)
     method = "" if config.method == "nabla" else f"-{config.method}"
@@ -220,8 +222,8 @@ def resolve(config: Config, command: str = "train") -> Config:
                  "out": f"runs/{config.base}-{rewards}{method}-seed{config.seed}"}
     config = dataclasses.replace(config, **{name: value for name, value in defaults.items()
                                             if getattr(config, name) is None})
-    files = {name: run.absolute(getattr(config, name)) for name in ("prompts", "test_prompts", "weights")}
-    config = dataclasses.replace(config, reward=run.absolute_reward(config.reward), **files)
+    files = {name: inputs.absolute(getattr(config, name)) for name in ("prompts", "test_prompts", "weights")}
+    config = dataclasses.replace(config, reward=inputs.absolute_reward(config.reward), **files)
     cli.check(config)
     return config
 
@@ -787,10 +789,10 @@ def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: b
     `.title` says what measures it. Raises UserError for what cannot be loaded.
     """
     terms = [(float(weight or 1), *load_reward_term(name, base, device, checkpoint, untrained))
-             for name, weight in run.reward_terms(spec)]
+             for name, weight in inputs.reward_terms(spec)]
 
     def reward(render: Render, prompts: list[str]) -> Tensor:
-        return sum(weight * run.call_reward(function, title, render, prompts)
+        return sum(weight * inputs.call_reward(function, title, render, prompts)
                    for weight, function, title in terms)
 
     reward.functions = {title: function for _, function, title in terms}
@@ -804,7 +806,7 @@ def load_reward_term(name: str, base: Base, device: torch.device | str, checkpoi
     with small networks of its own has them for aesthetic, hpsv2 and normal, others the published scorers.
     """
     if ".py:" in name:
-        return run.load_function(name), name
+        return inputs.load_function(name), name
     named = {"colorfulness": (colorfulness, "colourfulness"),
              "dnc": (depth_normal_consistency, "depth-normal consistency")}
     if base.tower is not None:
@@ -916,7 +918,7 @@ def pick_transitions(steps: int, fraction: float, last_step: str, generator: tor
 #     eps_old     what the rollout predicted at x_t           c, pull       both times c / k (match_weights)
 # Both scores in E4 are -(x_s - mean) / std^2, so x_s and x_t cancel from their difference (E6).
 # Needs: up to nabla_loss section 5 and kernels.gradient_matching, for the closures `predict` and `value` hide
-# base and reward. From make_judge on sections 2 to 8, and from support.run `frozen` (no gradients of weights)
+# base and reward. From make_judge on sections 2 to 8, and from support.processes `frozen` (no gradients of weights)
 # and `phase` (times what is inside it).
 # -----------------------------------------------------------------------------------------------------------
 
@@ -1183,10 +1185,10 @@ def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[tor
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             reward, pictures = job.judge(part, [prompts[n] for n in rows], [generators[n] for n in rows])
-        u = run.gradient(job.config.reward, reward, part) if gradient else torch.zeros_like(part)
+        u = inputs.gradient(job.config.reward, reward, part) if gradient else torch.zeros_like(part)
         parts.append((reward.detach(), pictures.alpha.detach().mean((1, 2, 3, 4)), u))
     reward, coverage, u = (torch.cat(each) for each in zip(*parts))
-    run.check_finite(job.config.reward, reward, u)
+    inputs.check_finite(job.config.reward, reward, u)
     return reward, coverage, u
 
 
@@ -1210,14 +1212,14 @@ def sample_epoch(job: Job, prompts: list[str], epoch: int,
         reward, coverage, u = judge_samples(job, trajectory.x[:, -1], chosen, generators, gradient=once)
     advantage = None
     if config.method == "ddpo":
-        everyone = run.gather((reward.tolist(), chosen), job.world)
+        everyone = processes.gather((reward.tolist(), chosen), job.world)
         rewards, asked = ([item for part in parts for item in part] for parts in zip(*everyone))
         advantage = advantages(rewards, asked, history)[mine.start:mine.stop].to(reward)
     guided = config.method == "ddpo" or config.branch == "guided"
     sampled = Sampled(chosen, cond, trajectory, trajectory.eps if guided else trajectory.eps_text,
                       u if once else None, advantage)
     judged = job.world * B if once or config.method == "ddpo" else 0
-    return sampled, {"reward": run.mean(reward, job.world), "coverage": run.mean(coverage, job.world),
+    return sampled, {"reward": processes.mean(reward, job.world), "coverage": processes.mean(coverage, job.world),
                      "judged": judged}
 
 
@@ -1241,15 +1243,15 @@ def train_epoch(job: Job, prompts: list[str], optimizer: torch.optim.Optimizer, 
             for name, value in values.items():
                 if not value.isfinite().all():
                     where = part[~value.isfinite().cpu(), 1][0]
-                    run.stop_diverged(f"{name} at sampler step {where}", epoch, number, config)
+                    folders.stop_diverged(f"{name} at sampler step {where}", epoch, number, config)
                 totals[name] = totals.get(name, 0) + value.detach().sum().item() / len(share)
             with phase("backward"):
                 (values["loss"].sum() / len(share)).backward()
-        totals = run.add_up(weights, totals, job.world)
+        totals = processes.add_up(weights, totals, job.world)
         norm = nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
         optimizer.step()
         if not all(weight.isfinite().all() for weight in weights):
-            run.stop_diverged("LoRA weights after the step", epoch, number, config)
+            folders.stop_diverged("LoRA weights after the step", epoch, number, config)
         optimizer.zero_grad()
         logged["judged"] += totals.pop("judged")
         yield {"epoch": epoch, **totals, **logged, "grad_norm": norm.item()}    # "reward" is the samples'
@@ -1263,7 +1265,7 @@ def start_job(config: Config, base: Base | None, rank: int, world: int,
     schedule = base.schedule(config.sampler, config.steps)
     cli.check_steps(config, schedule, pick_steps(config, seeded(0)))
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
-    run.prepare(base, reward, prompts, config.prompts, config.test_prompts)
+    inputs.prepare(base, reward, prompts, config.prompts, config.test_prompts)
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     judge = make_judge(base, reward, views=config.views, view_size=config.view_size, backend=config.backend,
                        elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
@@ -1280,7 +1282,7 @@ def start_lora(job: Job) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, lr=job.config.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
 
 
-@run.unlocking()
+@folders.unlocking()
 def train(config: Config, base: Base | None = None) -> dict:
     """Fine-tune, measure before and after, and leave everything in the output folder. Returns the summary.
     `base` is one of the caller's own, in place of the one that `config` names.
@@ -1290,23 +1292,23 @@ def train(config: Config, base: Base | None = None) -> dict:
     if base is not None:
         config = dataclasses.replace(config, base=type(base).__name__)
     config = resolve(config)
-    device, rank, world = run.start_processes(config.device)
+    device, rank, world = processes.start_processes(config.device)
     config = dataclasses.replace(config, device=device)
     prompts, test_prompts = load_prompts(config.prompts), load_prompts(config.test_prompts)
     digest = hashlib.sha256(repr((prompts, test_prompts, world)).encode()).hexdigest()
     settings = dataclasses.asdict(config)
-    settings, state = run.open_run(settings, Config, digest, run.FREE_ON_RESUME, rank, world)
+    settings, state = folders.open_run(settings, Config, digest, folders.FREE_ON_RESUME, rank, world)
     config, out, quiet = Config(**settings), Path(config.out), rank > 0
     test_prompts = test_prompts[:config.eval_prompts]
     job, reward = start_job(config, base, rank, world, [*prompts, *test_prompts])
     base, config = job.base, job.config
-    identity = run.check_identity(base, config.reward, out, state, world)
+    identity = folders.check_identity(base, config.reward, out, state, world)
     features = metrics.load_features(base.tower, config.device)
     if not quiet:
         about = report.describe(dataclasses.asdict(config), reward.title) | {"identity": identity}
         print(report.plan(about, world, len(pick_steps(config, seeded(0))), len(prompts), len(test_prompts),
                           state and state["epoch"]))
-        run.begin(out, HERE, about, state)
+        folders.begin(out, HERE, about, state)
     prompts = filter_prompts(job, prompts, identity)
     if isinstance(config.beta, str) and config.method == "nabla":        # see metrics.beta_of
         few = prompts[::max(1, len(prompts) // 12)][:12], dataclasses.replace(config, samples_per_prompt=8)
@@ -1319,7 +1321,7 @@ def train(config: Config, base: Base | None = None) -> dict:
     def measure_base(name: str, seed: int) -> Measurement:              # made once, read again on resume
         path = out / f"checkpoint/{name}.pt"
         kept = metrics.load_measurement(path, len(test_prompts), config.samples_per_prompt) if state else None
-        measured = run.gather(kept, world)[0] or measure(*common, seed, name, rank, world)
+        measured = processes.gather(kept, world)[0] or measure(*common, seed, name, rank, world)
         if not (quiet or kept):
             write_atomic(path, to_bytes(partial(torch.save, measured._asdict())))
         return measured
@@ -1328,7 +1330,7 @@ def train(config: Config, base: Base | None = None) -> dict:
     other = measure_base("before, other seeds", config.seed + 1)        # a second draw: FID's noise floor
     optimizer, rows, history = start_lora(job), [], {}
     if state:
-        run.restore(base.net, optimizer, state, out)
+        folders.restore(base.net, optimizer, state, out)
         rows, history = state["rows"], state["history"]
     with tqdm(total=config.epochs * config.updates_per_epoch, initial=len(rows), desc="fine-tuning",
               disable=quiet) as updates:
@@ -1341,7 +1343,7 @@ def train(config: Config, base: Base | None = None) -> dict:
                 updates.update()
                 updates.set_postfix(reward=f"{row['reward']:.3f}", coverage=f"{row['coverage']:.3f}")
             if not quiet:
-                run.save_checkpoint(out, base.net, optimizer, rows, epoch + 1, digest, history, identity)
+                folders.save_checkpoint(out, base.net, optimizer, rows, epoch + 1, digest, history, identity)
     after = measure(*common, config.seed, "after", rank, world)
     if quiet:
         return {}
@@ -1372,14 +1374,14 @@ def cost(config: Config, base: Base | None = None) -> dict:
     prompts = load_prompts(config.prompts)[:config.batch_size]
     job, _ = start_job(config, base, 0, 1, prompts)
     optimizer = start_lora(job)
-    parameters = run.count_parameters(job.base)
-    run.SECONDS, begun = {}, time.perf_counter()
+    parameters = processes.count_parameters(job.base)
+    processes.SECONDS, begun = {}, time.perf_counter()
     rows = list(train_epoch(job, prompts, optimizer, 0, {}))
-    seconds, run.SECONDS = run.SECONDS | {"all": time.perf_counter() - begun}, None
+    seconds, processes.SECONDS = processes.SECONDS | {"all": time.perf_counter() - begun}, None
     result = {"device": torch.cuda.get_device_name(config.device) if on_gpu else "CPU",
               "objects": config.batch_size, "updates": len(rows),
               "judged": sum(row["judged"] for row in rows),
-              "parameters": parameters, "seconds": seconds, "peak_GB": run.peak_memory_GB(config.device)}
+              "parameters": parameters, "seconds": seconds, "peak_GB": processes.peak_memory_GB(config.device)}
     print(to_json(result))
     return result
 
@@ -1392,7 +1394,7 @@ def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
     config = job.config
     if not config.min_quantile:
         return prompts
-    what = [identity, *(getattr(config, name) for name in run.SCORED_WITH)]
+    what = [identity, *(getattr(config, name) for name in folders.SCORED_WITH)]
 
     def rewards_of(part: list[str]) -> Tensor:
         generators, cond = [seeded("filter", prompt) for prompt in part], job.base.encode(part)
@@ -1401,7 +1403,7 @@ def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
 
     different = [*dict.fromkeys(prompts)]
     key = hashlib.sha256(repr(what).encode()).hexdigest()
-    rewards = run.scores_by_prompt(key, different, config.eval_batch, rewards_of, job.rank, job.world)
+    rewards = folders.scores_by_prompt(key, different, config.eval_batch, rewards_of, job.rank, job.world)
     lowest = {*sorted(different, key=rewards.get)[:int(config.min_quantile * len(different))]}
     return [prompt for prompt in prompts if prompt not in lowest]
 
@@ -1409,7 +1411,7 @@ def filter_prompts(job: Job, prompts: list[str], identity: dict) -> list[str]:
 # -----------------------------------------------------------------------------------------------------------
 # 12. Measure and report
 # The paper's protocol: prompts that were never trained on, the same seeds and views before and after.
-# Needs: sections 2 to 8, support's metrics, report, run, to_json and write_atomic.
+# Needs: sections 2 to 8, support's metrics, report, folders, to_json and write_atomic.
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -1440,7 +1442,7 @@ def measure(base: Base, reward: Reward, features: Features, schedule: NoiseSched
     chunks = [range(P * S)[n:n + config.eval_batch] for n in range(0, P * S, config.eval_batch)]
     for n in range(rank, rank + len(chunks), world):            # all processes go round equally often
         mine = measure_chunk(chunks[n]) if n < len(chunks) else None
-        parts += [part for part in run.gather(mine, world) if part]
+        parts += [part for part in processes.gather(mine, world) if part]
     return metrics.join(parts, P, S, label)
 
 
@@ -1480,10 +1482,10 @@ def write_report(base: Base, prompts: list[str], before: Measurement, after: Mea
 
 def load_tuned(config: Config, base: Base | None) -> tuple[Config, Base, NoiseSchedule]:
     """config with its guidance, the base, with the LoRA of `config.run` if that is set, and its schedule."""
-    lora = run.find_lora(config.run) if config.run else None    # asked for before anything is fetched
+    lora = inputs.find_lora(config.run) if config.run else None    # asked for before anything is fetched
     base = base or load_base(config, config.device)
     if lora:
-        run.warn_if_changed(config.run, base, config.reward)
+        folders.warn_if_changed(config.run, base, config.reward)
         base.net = load_lora(base.net, lora).to(base.device).eval()
     config = dataclasses.replace(config, guidance=config.guidance or base.guidance)
     return config, base, base.schedule(config.sampler, config.steps)
@@ -1502,10 +1504,10 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     check_writable(folder)                                      # what cannot be written fails before the work
     export.check(config.mesh, config.merge, config.run, config.weights)
     config, base, schedule = load_tuned(resolve(config, "sample"), base)
-    index, written = export.Index(folder, vars(config), run.identify(base, "")["weights"]), []
+    index, written = export.Index(folder, vars(config), folders.identify(base, "")["weights"]), []
     forty = export.mesh_angles(base.elevation)                  # cameras all around, if a mesh is wanted
     forty = orbit(*forty, base.radius), intrinsics(len(forty[0]))
-    run.prepare(base, None, prompts, config.prompts)
+    inputs.prepare(base, None, prompts, config.prompts)
     null = base.encode([""])
     objects = [(prompt, s) for prompt in prompts for s in range(config.samples_per_prompt)]
     for start in range(0, len(objects), config.eval_batch):
@@ -1531,23 +1533,23 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
     return written
 
 
-@run.unlocking()
+@folders.unlocking()
 def evaluate(config: Config, base: Base | None = None) -> dict:
     """The paper's protocol: by default 32 objects a prompt, the run beside the base. Returns the summary."""
     started, given = time.perf_counter(), config.out
     if given and (Path(given) / "checkpoint").is_dir():
         raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
     config = resolve(config, "evaluate")
-    device, rank, world = run.start_processes(config.device)
-    out, tuned = Path(given or run.evaluation_folder(config.run, config.out)), bool(config.run)
+    device, rank, world = processes.start_processes(config.device)
+    out, tuned = Path(given or folders.evaluation_folder(config.run, config.out)), bool(config.run)
     if rank == 0:                                               # what cannot be written fails before the work
-        run.lock(out, "samples")
+        folders.lock(out, "samples")
     config, base, schedule = load_tuned(dataclasses.replace(config, device=device), base)
     reward = load_reward(config.reward, base, config.device, config.checkpoint, config.weights == "random")
     features = metrics.load_features(base.tower, config.device)
     prompts = load_prompts(config.test_prompts)[:config.eval_prompts]
-    run.prepare(base, reward, prompts, config.test_prompts)
-    run.gather(None, world, run.LOADING_WAIT)
+    inputs.prepare(base, reward, prompts, config.test_prompts)
+    processes.gather(None, world, processes.LOADING_WAIT)
     about = report.describe(dataclasses.asdict(config) | {"out": str(out)}, reward.title)
     if rank == 0:
         write_atomic(out / "config.json", to_json(about))
@@ -1573,7 +1575,7 @@ def evaluate(config: Config, base: Base | None = None) -> dict:
 
 def run_config(folder: str) -> Config:
     """The settings of a run, from its config.json; `run` is that folder."""
-    return Config(**run.read_settings(Path(folder), Config) | {"run": folder, "resume": False})
+    return Config(**folders.read_settings(Path(folder), Config) | {"run": folder, "resume": False})
 
 
 def parse(arguments: list[str]) -> tuple[Callable[[Config], object], Config]:

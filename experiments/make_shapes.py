@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import bench  # noqa: E402
 import r2d3  # noqa: E402
 import tilt  # noqa: E402
-from support import report, run, shapes, to_bytes, write_atomic  # noqa: E402
+from support import folders, inputs, report, shapes, to_bytes, write_atomic  # noqa: E402
 
 GRID = 32                                   # splats along a view's side
 SCALE_RANGE, DEPTH_SCALE = (0.002, 0.06), 0.5
@@ -1024,7 +1024,7 @@ def main() -> None:
     write_file(args.out, parts, base.latent_mean, base.latent_std, {})
     # What is measured is what the file holds, in half precision.
     base = r2d3.load_base(r2d3.resolve(r2d3.Config(weights=str(args.out))), "cpu")
-    prompts = run.load_prompts(str(folder / "shapes_test.txt"))[:3 * size["prompts"]]
+    prompts = inputs.load_prompts(str(folder / "shapes_test.txt"))[:3 * size["prompts"]]
     quality = measure_quality(base, make_data(args.work, size["held_out"], 1), prompts, size["samples"])
     quality["training"] = training
     write_file(args.out, parts, base.latent_mean, base.latent_std, quality)

@@ -8,7 +8,9 @@
     report.py        the page and the pictures that a run leaves
     export.py        .ply, .glb, merged weights, and the index of sampled objects
     viewer.py, .js   objects that turn in a browser, without a network
-    run.py           prompt files, reward files, LoRAs, checkpoints; how processes share work
+    inputs.py        what a person hands in: prompts, rewards and bases of their own, LoRAs
+    folders.py       what a run leaves: folder, lock, settings, checkpoint, identity
+    processes.py     how processes share work, and what it takes
     presets.py       the settings that nobody gives, by recipe, base, reward and method
     cli.py           the command line, made from the Config's source
 

@@ -362,7 +362,7 @@ def tuned(request, tmp_path_factory):
             if "lora_B" in name:
                 value.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     optimizer = torch.optim.AdamW([value for value in net.parameters() if value.requires_grad])
-    r2d3.run.save_checkpoint(root / "run", net, optimizer, [{"update": 1, "epoch": 1, "judged": 1}], 1, "", {}, {})
+    r2d3.folders.save_checkpoint(root / "run", net, optimizer, [{"update": 1, "epoch": 1, "judged": 1}], 1, "", {}, {})
     return settings, root / "run/lora"
 
 

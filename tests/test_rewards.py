@@ -605,7 +605,7 @@ def test_a_changed_reward_scores_again(setting, tmp_path):
         mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n", encoding="utf-8")
         spec = f"dnc=0.1,{mine}:score=2"
         changed = with_config(job, reward=spec)._replace(judge=judge_of(job.base, r2d3.load_reward(spec, job.base, "cpu")))
-        assert r2d3.filter_prompts(changed, prompts, r2d3.run.identify(job.base, spec))
+        assert r2d3.filter_prompts(changed, prompts, r2d3.folders.identify(job.base, spec))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())) == 2
 
 
@@ -624,7 +624,7 @@ def test_processes_share_the_work(setting, monkeypatch, tmp_path):
             shares[rank] |= mine
             return [mine, theirs] if rank == 0 else [theirs, mine]
 
-        monkeypatch.setattr(r2d3.run, "gather", gather)
+        monkeypatch.setattr(r2d3.processes, "gather", gather)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{rank}"))
         assert r2d3.filter_prompts(job._replace(rank=rank, world=2), prompts, SAME) == best_of(prompts, scores)
     assert [list(share) for share in shares.values()] == [prompts[0::2], prompts[1::2]]

@@ -25,12 +25,15 @@ import r2d3
 from support import (
     UserError,
     brief,
+    cache_folder,
     clear_parts,
     cli,
+    folders,
+    inputs,
     metrics,
+    processes,
     published,
     report,
-    run,
     scorers,
     shapes,
     to_json,
@@ -108,12 +111,12 @@ def pictures(objects=2, views=3, requires_grad=True):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_scores_become_float32(dtype):
     render = pictures()
-    score = run.call_reward(lambda render, prompts: render.image.mean((2, 3, 4)).to(dtype), "mine", render, ["a", "b"])
+    score = inputs.call_reward(lambda render, prompts: render.image.mean((2, 3, 4)).to(dtype), "mine", render, ["a", "b"])
     assert score.dtype == torch.float32 and score.requires_grad
     score.sum().backward()
     assert render.image.grad.abs().sum() > 0
     whole = torch.ones(2, 3, dtype=torch.long)
-    counted = run.call_reward(lambda render, prompts: whole, "mine", pictures(requires_grad=False), [])
+    counted = inputs.call_reward(lambda render, prompts: whole, "mine", pictures(requires_grad=False), [])
     assert counted.dtype == torch.float32
 
 
@@ -137,7 +140,7 @@ def several_lines(render, prompts):
 ], ids=range(12))
 def test_what_a_reward_returns_is_checked_at_the_door(function, words):
     with pytest.raises(UserError) as caught:
-        run.call_reward(function, "mine", pictures(), ["a", "b"])
+        inputs.call_reward(function, "mine", pictures(), ["a", "b"])
     assert words in one_line(caught)
 
 
@@ -157,21 +160,21 @@ def test_a_reward_in_bf16_trains(own):
 def test_reward_files_that_cannot_be_loaded(tmp_path, text, words):
     (tmp_path / "bad.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        run.load_function(f"{tmp_path / 'bad.py'}:score")
+        inputs.load_function(f"{tmp_path / 'bad.py'}:score")
     assert words in one_line(caught)
 
 
 def test_paths_with_commas_and_equal_signs(home, monkeypatch):
     mine = f"{home / 'own,x=1/mine.py'}:score"
-    assert run.reward_terms(f"aesthetic=1,{mine}=0.5,dnc") == [("aesthetic", "1"), (mine, "0.5"), ("dnc", "")]
-    assert run.reward_terms("aesthetic=1,dnc=0.3") == [("aesthetic", "1"), ("dnc", "0.3")]
-    assert run.reward_terms("nowhere.py:f=2") == [("nowhere.py:f", "2")]
+    assert inputs.reward_terms(f"aesthetic=1,{mine}=0.5,dnc") == [("aesthetic", "1"), (mine, "0.5"), ("dnc", "")]
+    assert inputs.reward_terms("aesthetic=1,dnc=0.3") == [("aesthetic", "1"), ("dnc", "0.3")]
+    assert inputs.reward_terms("nowhere.py:f=2") == [("nowhere.py:f", "2")]
     for wrong in ("dnc=x", "dnc=0", "dnc=nan", f"{mine}=inf"):
         with pytest.raises(UserError, match="is 0 or not a number"):
-            run.reward_terms(wrong)
+            inputs.reward_terms(wrong)
     monkeypatch.chdir(home)
-    assert run.absolute_reward("own,x=1/mine.py:score=2,dnc") == f"{mine}=2,dnc"
-    assert [path.name for path in run.reward_files(mine)] == ["mine.py", "beside.py"]
+    assert inputs.absolute_reward("own,x=1/mine.py:score=2,dnc") == f"{mine}=2,dnc"
+    assert [path.name for path in inputs.reward_files(mine)] == ["mine.py", "beside.py"]
     assert r2d3.resolve(r2d3.Config(reward="own,x=1/mine.py:score=2,dnc")).out == "runs/shapes-mine-dnc-seed0"
 
 
@@ -197,20 +200,20 @@ def test_another_reward_file_is_refused_on_resume(own, home):
 
 def test_the_weights_belong_to_a_run(capsys, own):
     base = fresh_base()
-    now = run.identify(base, "dnc")
-    assert run.changed(now, run.identify(fresh_base(), "dnc")) is None
+    now = folders.identify(base, "dnc")
+    assert folders.changed(now, folders.identify(fresh_base(), "dnc")) is None
     with torch.no_grad():
         next(base.vae.parameters()).mul_(1.1)
-    other = run.identify(base, "dnc")
-    assert run.changed(now, other) == "the base, by its weights,"
+    other = folders.identify(base, "dnc")
+    assert folders.changed(now, other) == "the base, by its weights,"
     with pytest.raises(UserError, match="the base, by its weights, is not what there began with"):
-        run.check_identity(base, "dnc", Path("there"), {"identity": now}, 1)
-    assert run.check_identity(base, "dnc", Path("there"), {}, 1) == other        # a run from before there were hashes
-    run.warn_if_changed(str(own[0]), base, "dnc")
+        folders.check_identity(base, "dnc", Path("there"), {"identity": now}, 1)
+    assert folders.check_identity(base, "dnc", Path("there"), {}, 1) == other        # a run from before there were hashes
+    folders.warn_if_changed(str(own[0]), base, "dnc")
     assert "is not what" in capsys.readouterr().err
     base.latent_std = 1.1 * base.latent_std
-    assert run.changed(other, run.identify(base, "dnc")) == "the base, by its weights,"
-    run.warn_if_changed(str(own[0]), fresh_base(), "dnc")
+    assert folders.changed(other, folders.identify(base, "dnc")) == "the base, by its weights,"
+    folders.warn_if_changed(str(own[0]), fresh_base(), "dnc")
     assert capsys.readouterr().err == ""
 
 
@@ -457,7 +460,7 @@ def test_prompts_that_are_too_long_are_counted(capsys, base):
     assert scorers.too_long(long) == scorers.HPSv2.too_long(long) == 2
     reward = SimpleNamespace(functions={"hpsv2 (HPS)": SimpleNamespace(too_long=scorers.too_long), "dnc": len})
     text = SimpleNamespace(too_long=lambda prompts: 0)
-    run.prepare(SimpleNamespace(prepare=lambda prompts: None, text=text), reward, long)
+    inputs.prepare(SimpleNamespace(prepare=lambda prompts: None, text=text), reward, long)
     features = metrics.Features("t", len, lambda prompts: torch.zeros(len(prompts), 2), len, len, scorers.too_long)
     for _ in range(3):
         metrics.text_features(features, long)
@@ -497,8 +500,8 @@ def test_killed_while_the_first_file_was_written(tmp_path):
     parts = [out / f"config.json.part{dead_pid()}", out / f"checkpoint/state.pt.part{dead_pid()}"]
     for part in parts:
         part.write_bytes(b"{")
-    with run.unlocking():
-        assert run.open_run(settings_for(out), r2d3.Config, "", set())[1] is None
+    with folders.unlocking():
+        assert folders.open_run(settings_for(out), r2d3.Config, "", set())[1] is None
     assert not any(part.exists() for part in parts)
     out.mkdir()
     mine = out / f"x.part{os.getpid()}"                          # somebody is writing it
@@ -507,8 +510,8 @@ def test_killed_while_the_first_file_was_written(tmp_path):
     assert mine.exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").write_bytes(b"")
-    with pytest.raises(UserError, match="is not empty and holds no run"), run.unlocking():
-        run.open_run(settings_for(tmp_path / "other"), r2d3.Config, "", set())
+    with pytest.raises(UserError, match="is not empty and holds no run"), folders.unlocking():
+        folders.open_run(settings_for(tmp_path / "other"), r2d3.Config, "", set())
 
 
 def test_two_runs_into_one_folder(tmp_path):
@@ -519,17 +522,17 @@ def test_two_runs_into_one_folder(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        with pytest.raises(UserError) as caught, run.unlocking():
-            run.open_run(settings_for(out), r2d3.Config, "", set())
+        with pytest.raises(UserError) as caught, folders.unlocking():
+            folders.open_run(settings_for(out), r2d3.Config, "", set())
         assert "is in use by process 7 on here" in one_line(caught)
     finally:
         other.kill()                                             # its lock is gone with it
         other.wait()
-    with run.unlocking():
-        run.open_run(settings_for(out), r2d3.Config, "", set())
+    with folders.unlocking():
+        folders.open_run(settings_for(out), r2d3.Config, "", set())
         assert f"process {os.getpid()} " in (out / ".lock").read_text(encoding="utf-8")
         with pytest.raises(UserError, match="is in use by process"):
-            run.lock(out)
+            folders.lock(out)
     assert not (out / ".lock").exists()
 
 
@@ -562,21 +565,21 @@ def test_the_cache_of_scores_may_hold_anything(tmp_path, monkeypatch, capsys, co
         asked.extend(part)
         return torch.tensor([float("nan") if prompt == "b" else 1.0 for prompt in part])
 
-    folder = run.cache_folder("scores")
+    folder = cache_folder("scores")
     if content is None:                                          # it cannot be written
         folder.parent.mkdir(parents=True)
         folder.write_bytes(b"")
     else:
         folder.mkdir(parents=True)
         (folder / "key.json").write_text(content, encoding="utf-8")
-    scores = run.scores_by_prompt("key", ["a", "b", "c"], 2, score, 0, 1)
+    scores = folders.scores_by_prompt("key", ["a", "b", "c"], 2, score, 0, 1)
     assert scores["b"] == -float("inf") and scores["c"] in (1.0, 2.0) and "a" in asked
     said = capsys.readouterr().err
     assert "1 of 3 prompts got no finite score" in said and ("are not kept" in said) == (content is None)
     if content is not None:
         assert strict((folder / "key.json").read_text(encoding="utf-8"))["b"] is None
         asked.clear()
-        assert run.scores_by_prompt("key", ["a", "b", "c"], 2, score, 0, 1) == scores and not asked
+        assert folders.scores_by_prompt("key", ["a", "b", "c"], 2, score, 0, 1) == scores and not asked
 
 
 def test_a_kept_measurement_of_another_size_is_made_anew(tmp_path):
@@ -660,7 +663,7 @@ def test_long_lines_and_unknown_words_are_named_with_their_line(tmp_path, base):
     assert len(one_line(caught)) < 400
     file.write_text("a red cube\n\n a purple " + "x" * 5000 + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        run.prepare(base, None, r2d3.load_prompts(str(file)), str(file))
+        inputs.prepare(base, None, r2d3.load_prompts(str(file)), str(file))
     assert "prompts.txt, line 3: the base 'shapes' does not know the word" in one_line(caught)
 
 
@@ -685,8 +688,8 @@ def ended(work):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_say_what_is_true(tmp_path, own, capsys, number):
     def interrupted(folder):
-        with run.unlocking():
-            run.lock(folder)
+        with folders.unlocking():
+            folders.lock(folder)
             os.kill(os.getpid(), number)
             time.sleep(1)
 
@@ -818,7 +821,7 @@ def test_an_evaluation_is_the_same_for_any_number_of_processes(base, monkeypatch
         place.rank = rank
         made[rank] = r2d3.measure(base, reward, features, schedule, prompts, config, 0, "shared", rank, 3)
 
-    monkeypatch.setattr(run, "gather", gather)
+    monkeypatch.setattr(processes, "gather", gather)
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
@@ -832,13 +835,13 @@ def test_an_evaluation_is_the_same_for_any_number_of_processes(base, monkeypatch
 def stand_still(rank, world, file, results):
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    run.WAIT = timedelta(seconds=3)
-    run.start_processes("cpu")
-    results.put((rank, run.gather(rank, world, run.WAIT)))
+    processes.WAIT = timedelta(seconds=3)
+    processes.start_processes("cpu")
+    results.put((rank, processes.gather(rank, world, processes.WAIT)))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        run.gather(rank, world, run.WAIT)
+        processes.gather(rank, world, processes.WAIT)
     except UserError as error:
         results.put((rank, str(error)))
 
@@ -846,18 +849,18 @@ def stand_still(rank, world, file, results):
 def test_a_stopped_process_ends_the_others_with_a_sentence(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()     # what is put is sent at once
-    processes = [context.Process(target=stand_still, args=(rank, 2, tmp_path / "meet", results)) for rank in range(2)]
-    for process in processes:
+    started = [context.Process(target=stand_still, args=(rank, 2, tmp_path / "meet", results)) for rank in range(2)]
+    for process in started:
         process.start()
     try:
         assert sorted(results.get() for _ in range(2)) == [(0, [0, 1]), (1, [0, 1])]
         rank, said = results.get()
         assert rank == 0 and "waited in vain for the others" in said and "--resume" in said and "\n" not in said
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
             process.join()
-    assert run.WAIT <= timedelta(hours=1) and run.LOADING_WAIT <= timedelta(hours=12)
+    assert processes.WAIT <= timedelta(hours=1) and processes.LOADING_WAIT <= timedelta(hours=12)
 
 
 # ---- 16, 17, 18: memory and time --------------------------------------------------------------------------------
