@@ -84,24 +84,29 @@ EVEN_ONCE = EVEN | ONCE | {"skip_below": 0.25}
 CLIMB = COMMON | {"batch_size": 2, "updates_per_epoch": 1}
 
 
+# Rewards asked when a trial is measured; the sweep is measured at the last. E7 asks for a reward at each of the twelve
+# steps that are trained of an object, E8 and the climbers once per object, DDPO without a gradient.
+MARKS = {"aesthetic": [16, 64], "hpsv2": [64, 192], "normal": [64, 192], "dnc": [64, 192]}
+
+
 class Method(NamedTuple):
-    """What is the same for all strengths; the dial that makes a strength; rewards asked when it is measured."""
+    """What is the same for all strengths; the dial that makes a strength; how many times MARKS it is measured at."""
 
     settings: dict
     dial: str
-    marks: list[int]
+    times: int = 1
 
 
 METHODS = {
-    "E8 score": Method(PAPER | ONCE, "beta", [64, 192]),
-    "E8 kl": Method(EVEN_ONCE | {"matching": "kl"}, "beta", [64, 192]),
-    "E8 eps": Method(EVEN_ONCE | {"matching": "eps"}, "beta", [64, 192]),
-    "E7 score (the paper's)": Method(PAPER, "beta", [192, 768, 2304]),
-    "E7 kl": Method(EVEN | {"matching": "kl"}, "beta", [192, 768, 2304]),
-    "E7 eps": Method(EVEN | {"matching": "eps"}, "beta", [192, 768, 2304]),
-    "ReFL": Method(CLIMB | {"method": "refl"}, "lr", [64, 192]),
-    "DRaFT": Method(CLIMB | {"method": "draft"}, "lr", [64, 192]),
-    "DDPO": Method(COMMON | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never"}, "lr", [2048, 8192]),
+    "E8 score": Method(PAPER | ONCE, "beta"),
+    "E8 kl": Method(EVEN_ONCE | {"matching": "kl"}, "beta"),
+    "E8 eps": Method(EVEN_ONCE | {"matching": "eps"}, "beta"),
+    "E7 score (the paper's)": Method(PAPER, "beta", 12),
+    "E7 kl": Method(EVEN | {"matching": "kl"}, "beta", 12),
+    "E7 eps": Method(EVEN | {"matching": "eps"}, "beta", 12),
+    "ReFL": Method(CLIMB | {"method": "refl"}, "lr"),
+    "DRaFT": Method(CLIMB | {"method": "draft"}, "lr"),
+    "DDPO": Method(COMMON | {"method": "ddpo", "updates_per_epoch": 4, "last_step": "never"}, "lr", 32),
 }
 # Strengths by method and reward: by factors of ten, then of about three around the best, until the best lies inside
 # (tables.chosen says whether it does).
@@ -152,7 +157,8 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
     """All trials of an experiment; `known` rows of the sweep say which strength of a method is compared."""
     def trial(name: str, settings: dict, scales: list[float]) -> Trial:
         config = METHODS[name].settings | settings | {"reward": reward}
-        return Trial(experiment, name, reward, settings, config, METHODS[name].marks, scales)
+        marks = [METHODS[name].times * mark for mark in MARKS[reward]]
+        return Trial(experiment, name, reward, settings, config, marks if experiment == "compare" else marks[-1:], scales)
 
     if experiment == "sweep":
         return [trial(name, {METHODS[name].dial: strength, "seed": 0}, [1.0])
@@ -171,7 +177,7 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
     for title, (name, change) in ABLATIONS.items():
         if chosen.get(name):
             one = trial(name, chosen[name].settings | change | {"seed": 0}, [1.0])
-            found.append(one._replace(name=title, marks=one.marks[-1:]))
+            found.append(one._replace(name=title))
     return found
 
 

@@ -21,13 +21,21 @@ PAPER = {
          "updates_per_epoch": 4, "micro_batch": 2, "lr": 1e-4, "beta": 1e6, "views": 4, "view_size": 512},
     "aesthetic": {"beta": 2e6}, "hpsv2": {"beta": 1e7}, "normal": {"min_quantile": 0.2}, "dnc": {"min_quantile": 0.2},
 }
-# By base. Later ones win: what stands under "", the first reward named (a sum takes its beta), the recipe,
-# the method, and last what the user gives.
+# By base. Later ones win: what stands under "", the first reward named (a sum takes its beta), the recipe, the
+# recipe's own by reward ("" where it has none of its own), the method, and last what the user gives.
 PRESETS = {
     "shapes": {     # its beta is about 15 standard deviations of the aesthetic reward within a prompt (15sd measures 288)
         "": {"recipe": "fast", "sampler": "dpm", "steps": 30, "lora_rank": 8, "epochs": 6, "batch_size": 16,
              "updates_per_epoch": 16, "micro_batch": 16, "lr": 1e-3, "beta": 285.0, "views": 2,
              "view_size": 48},
+        # A match of scores is dominated by the last step, where k is about 1000, so its beta is larger by as much.
+        "paper": {
+            "": {"beta": 1e5},
+            "aesthetic": {"beta": 3e4},
+            "hpsv2": {"beta": 1e6, "epochs": 12},
+            "normal": {"beta": 1e6, "epochs": 12},
+            "dnc": {"beta": 3e5, "epochs": 12},
+        },
         "refl": {"epochs": 64, "batch_size": 1, "updates_per_epoch": 1, "lr": 2e-4},
         "draft": {"epochs": 32, "batch_size": 2, "updates_per_epoch": 1, "lr": 2e-4},
         "ddpo": {"epochs": 40, "batch_size": 16, "updates_per_epoch": 4, "lr": 1e-3, "last_step": "never"},
@@ -49,5 +57,7 @@ def defaults(base: str, recipe: str | None, rewards: list[str], method: str) -> 
     rewards = [SAME.get(reward, reward) for reward in rewards]
     found = presets[""] | presets.get(rewards[0], {})
     found["recipe"] = recipe or found["recipe"]
-    found |= {"reg_weight": PAPER_REG_WEIGHT.get(rewards[0], 1e4)} | RECIPES[found["recipe"]] | presets.get(method, {})
+    found |= {"reg_weight": PAPER_REG_WEIGHT.get(rewards[0], 1e4)} | RECIPES[found["recipe"]]
+    by_reward = presets.get(found["recipe"], {})
+    found |= by_reward.get(rewards[0], by_reward.get("", {})) | presets.get(method, {})
     return found | {"min_quantile": max(presets.get(reward, {}).get("min_quantile", 0.0) for reward in rewards)}
