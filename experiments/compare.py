@@ -241,12 +241,13 @@ class World:
         return measurement, rewards
 
     def measure(self, seed: int, which: str) -> tuple[metrics.Measurement, dict[str, Tensor]]:
-        """What r2d3.measure measures, and all four rewards (P, S) of the same objects."""
-        seen = {name: [] for name in REWARDS}
+        """What r2d3.measure measures; of the same objects all four rewards (P, S), and which share of hues is right."""
+        seen = {name: [] for name in (*REWARDS, "hues")}
 
         def all_rewards(pictures: r2d3.Render, prompts: list[str]) -> Tensor:
             for name, reward in self.rewards.items():
                 seen[name].append(reward(pictures, prompts).mean(1))
+            seen["hues"].append(hues_right(pictures, prompts))
             return torch.zeros(len(prompts), 1)
 
         measured = r2d3.measure(self.base, all_rewards, self.features, self.schedule, self.measured[which],
@@ -279,7 +280,36 @@ class World:
         return total
 
 
-# ---- What the tower calls the objects ---------------------------------------------------------------------------------
+# ---- What the objects are: by their hues, and by what the tower calls them ---------------------------------------------------------------------------------
+
+LEAST_SATURATION = 0.12     # below it a pixel is gray: named colours have 0.35 and more, gray at most 0.04
+LEAST_SHARE = 1 / 3         # of an equal part of the object's pixels that a named colour needs to count as there
+
+
+def hues_right(pictures: r2d3.Render, prompts: list[str]) -> Tensor:
+    """Of the colours that a prompt names, the share that is there: (B,), 1 where it names none.
+
+    A judge without a network, which nothing was trained against: the pixels of the object, each of the nearest hue.
+    """
+    image = pictures.image.movedim(2, -1)                                               # (B, V, H, W, 3)
+    most, least = image.amax(-1), image.amin(-1)
+    red, green, blue = image.unbind(-1)
+    angle = torch.rad2deg(torch.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue))
+    hues = torch.tensor([hue for hue in make_shapes.HUES.values() if hue is not None], device=image.device)
+    far = ((angle[..., None] - hues + 180) % 360 - 180).abs()                           # (B, V, H, W, hues)
+    gray = most - least < LEAST_SATURATION * most
+    kinds = torch.where(gray, len(hues), far.argmin(-1))                                # gray is the last of HUES
+    shown = pictures.alpha[:, :, 0] > 0.5
+    right = []
+    for prompt, kind, inside in zip(prompts, kinds, shown):
+        parts = make_shapes.parse_caption(prompt)
+        share = torch.bincount(kind[inside], minlength=len(make_shapes.HUES)) / inside.sum().clamp(min=1)
+        share = dict(zip(make_shapes.HUES, share.tolist()))
+        said = [color for _, color, _ in parts if color]
+        there = [share[color] >= LEAST_SHARE * said.count(color) / len(parts) for color in said]
+        right.append(sum(there) / len(there) if there else 1.0)
+    return torch.tensor(right)
+
 
 Named = list[tuple[list[make_shapes.Part], list[list[tuple[str, str]]]]]
 
@@ -521,14 +551,15 @@ def train_to(mark: int, world: World, trial: Trial, job: r2d3.Job, optimizer: to
     return state
 
 
-BY_PROMPT = ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity", "named")
+BY_PROMPT = ("reward", "alignment", "retrieved", "coverage", "dnc", "diversity", "named", "hues")
 
 
 def by_prompt(world: World, which: str, reward: str, measured: metrics.Measurement,
               rewards: dict[str, Tensor]) -> dict[str, list[float]]:
     """What is measured of every prompt, means over its objects."""
     values = {name: getattr(measured, name).mean(1) for name in ("alignment", "retrieved", "coverage", "dnc")}
-    values |= {"reward": rewards[reward].mean(1), "diversity": metrics.diversity(measured.features)}
+    values |= {"reward": rewards[reward].mean(1), "diversity": metrics.diversity(measured.features),
+               "hues": rewards["hues"].mean(1)}
     return {name: value.tolist() for name, value in values.items()} | {
         "named": named_right(named(world, measured.features, which))}
 

@@ -29,9 +29,9 @@ from support import load_weights, to_bytes, write_atomic
 
 ROWS = ROOT / "experiments/results/compare.jsonl"
 # What is measured, in the order of the tables.
-METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "named": "named right", "dnc": "dnc",
-           "coverage": "coverage", "diversity": "diversity", "fid_to_base": "FID to the base",
-           "open_colors": "open colours", "open_shapes": "open shapes"}
+METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "named": "named right", "hues": "hues right",
+           "dnc": "dnc", "coverage": "coverage", "diversity": "diversity",
+           "fid_to_base": "FID to the base", "open_colors": "open colours", "open_shapes": "open shapes"}
 LOOKS = {"E8 score": ("C0", "o"), "E8 kl": ("C9", "v"), "E8 eps": ("C3", "D"), "E7 score (the paper's)": ("C4", "P"),
          "E7 kl": ("C6", "<"), "E7 eps": ("C8", ">"), "ReFL": ("C2", "^"), "DRaFT": ("C1", "s"), "DDPO": ("C7", "x")}
 BOOTSTRAP = 2000
@@ -285,10 +285,10 @@ def sweep(rows: list[dict], reward: str) -> str:
             edge = " (at an edge: not compared)" if best and not choice.inside else ""
             lines.append([f"{mark}{name}{mark}{edge}", f"{mark}{strength(row['settings'])}{mark}", str(row["judged"]),
                           str(row["updates"]), cell([row], "reward", digits(reward)), "yes" if admissible(row) else "no",
-                          *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:8])])
+                          *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])])
     return table(f"{reward}: the sweep, one seed, prompts that nothing else uses; in bold what the rule chose",
                  ["method", "strength", "rewards asked", "updates", "reward", "no measurable loss",
-                  *[*METRICS.values()][1:8]], lines)
+                  *[*METRICS.values()][1:9]], lines)
 
 
 def comparison(rows: list[dict], reward: str) -> str:
@@ -308,7 +308,7 @@ def comparison(rows: list[dict], reward: str) -> str:
                  ["method", "strength", "seeds", "rewards asked", "updates", "seconds", *METRICS.values()], lines)
 
 
-PAID = ["alignment", "retrieved", "named", "dnc", "diversity"]
+PAID = ["alignment", "retrieved", "named", "hues", "dnc", "diversity"]
 
 
 def paid(points: list[list[dict]], wanted: float, metric: str) -> str:
@@ -360,7 +360,7 @@ def count(point: list[dict], of: str) -> float:
 
 def optima(rows: list[dict], rewards: list[str]) -> str:
     """What one deviation of each reward costs at the optimum, and how much of it lies within kinds of objects."""
-    lines, metrics = [], [metric for metric in METRICS if metric not in ("reward", "named")]
+    lines, metrics = [], [metric for metric in METRICS if metric not in ("reward", "named", "hues")]
     for reward in rewards:
         curve = optimum(rows, reward)
         best = tilt.at_gain(curve, deviation(rows, reward)) if curve else None
@@ -381,9 +381,9 @@ def ablations(rows: list[dict], reward: str) -> str:
     for row in [row for row in kept if row["mark"] in {r["mark"] for r in changed}] + changed:
         lines.append([row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
                       f"{row['kl_but_last']:.1f}", cell([row], "reward", digits(reward)),
-                      *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:8])])
+                      *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])])
     return table(f"{reward}: one change each, one seed", ["trial", "strength", "rewards asked", "updates",
-                 "KL without the last step, at most", *[*METRICS.values()][:8]], lines) if changed else ""
+                 "KL without the last step, at most", *[*METRICS.values()][:9]], lines) if changed else ""
 
 
 def small_betas(rows: list[dict], reward: str) -> str:

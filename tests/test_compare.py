@@ -89,6 +89,26 @@ def test_scales_and_other_prompts_need_no_training(world, tmp_path, monkeypatch)
     assert not [name for name, _ in world.base.net.named_parameters() if "lora" in name]
 
 
+def test_hues_are_seen_without_a_network():
+    """Half red, half blue on white; gray is what has no hue; a colour that is named twice needs twice the pixels."""
+    image = torch.ones(1, 1, 3, 8, 8)
+    image[..., :4, :] = torch.tensor([0.8, 0.1, 0.1])[:, None, None]
+    image[..., 4:6, :] = torch.tensor([0.15, 0.3, 0.9])[:, None, None]
+    alpha = torch.zeros(1, 1, 1, 8, 8)
+    alpha[..., :6, :] = 1
+    pictures = r2d3.Render(image, alpha, alpha, alpha, image)
+    found = {prompt: compare.hues_right(pictures, [prompt]).item() for prompt in (
+        "a red cube", "a red cube on a blue ring", "a blue cube on a green ring", "a cone", "a green cone", "a gray cone")}
+    assert [*found.values()] == [1, 1, 0.5, 1, 0, 0]
+    pictures.image[...] = 0.5
+    assert compare.hues_right(pictures, ["a gray cone on a red cube"]).item() == 0.5
+    for name, hue in make_shapes.HUES.items():
+        tone = make_shapes.colorsys.hsv_to_rgb((hue or 0) / 360, 0.6 if hue is not None else 0.0, 0.8)
+        pictures.image[...] = torch.tensor(tone)[:, None, None]
+        assert [compare.hues_right(pictures, [f"a {other} cube"]).item() for other in make_shapes.HUES] == [
+            float(other == name) for other in make_shapes.HUES]
+
+
 def test_a_bound_on_the_gradient(world):
     lengths = torch.tensor([1.0, 2.0, 8.0])
     u = torch.nn.functional.normalize(torch.randn(3, 4, 5).flatten(1), dim=1).view(3, 4, 5) * lengths[:, None, None]
