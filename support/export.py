@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels import rasterize
 from kernels.splat import ALPHA_MIN, _rotation
-from support import UserError, check_writable, gaussiancube, load_weights, published, to_bytes, to_json, write_atomic
+from support import UserError, check_writable, load_weights, published, to_json, write_atomic
 
 SOLID = 0.95        # share of the object's usual alpha where a pixel shows its surface: splats reach past its edges
 FREE = 0.5          # how much a pixel without surface counts, against 1 for one that faces the camera
@@ -363,23 +363,31 @@ def file_stem(prompt: str) -> str:
 # ---- A denoiser of its own -----------------------------------------------------------------------------------------
 
 
-def check(mesh: bool, merge: bool, tuned: str | None, weights: str | None) -> None:
-    """UserError, before the work, for a mesh or a merged denoiser that cannot be made."""
-    if mesh:
+def begin(config) -> Path:
+    """The folder that a sampling with these settings writes to.
+
+    UserError, before the work: it cannot be written to, or a mesh or a merged denoiser that is wanted cannot be made.
+    """
+    home = config.run if config.run and os.path.isdir(config.run) else "runs"
+    folder = Path(config.out or f"{home}/samples")
+    check_writable(folder)
+    if config.mesh:
         mesh_libraries()
-    if merge and (not tuned or weights == "random"):
+    if config.merge and (not config.run or config.weights == "random"):
         raise UserError("--merge needs --run, a run or a LoRA, and the base's own --weights; leave --merge out")
+    return folder
 
 
-def save_merged(net, base: str, weights: str | None, index: Index) -> Path:
-    """Write the denoiser with its LoRA merged, as what --weights takes; returns that. `net` itself is merged by this.
+def save_merged(made, base: str, weights: str | None, index: Index) -> Path:
+    """Write the denoiser with its LoRA merged, as what --weights takes; returns that. `made.net` is merged by this.
 
     For `shapes` a .safetensors file of the whole base. Else a folder laid out like the published repository: the merged
-    network in float32, and what it needs beside it, as hard links where the file system has them.
+    network in float32, and what it needs beside it, as hard links where the file system has them. A plug-in that has
+    a layout of its own writes it: base.save_network(state, folder, weights). `made` is the base, `base` its name.
     weights: where the base came from, as in --weights. index: of the folder to write to.
     """
     from safetensors.torch import save
-    net = net.float().cpu().merge_and_unload()
+    net = made.net.float().cpu().merge_and_unload()
     state = {name: value.detach().contiguous() for name, value in net.state_dict().items()}
     folder = index.place("merged", ".safetensors" if base == "shapes" else "", index.common)
     if base == "shapes":
@@ -387,12 +395,11 @@ def save_merged(net, base: str, weights: str | None, index: Index) -> Path:
         tensors, config = load_weights(source)
         tensors |= {f"net.{name}": value for name, value in state.items()}
         write_atomic(folder, save(tensors, config))
-    elif base == "gaussiancube":
-        files = gaussiancube.local_files(Path(weights)) if weights else gaussiancube.download()
-        own = files["net"].with_name("config.json")
-        for file in [files["mean"], files["std"], *[own] * own.is_file()]:
-            link(file, folder / "v1.1" / file.name)
-        write_atomic(folder / "v1.1" / gaussiancube.FILES["net"], to_bytes(lambda file: torch.save(state, file)))
+    elif hasattr(made, "save_network"):
+        made.save_network(state, folder, weights)
+    elif base not in published.PUBLISHED:
+        raise UserError(f"--merge does not know how {base} is laid out; give it a method save_network, or leave --merge "
+                        "out")
     else:
         names, root = published.PUBLISHED[base], Path(weights) if weights else published.download(base)
         vae = published.newest(root, names["vae"], "gsvae_*", "model.safetensors")

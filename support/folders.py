@@ -23,6 +23,16 @@ from support import (UserError, brief, cache_folder, check_writable, clear_parts
 from support.inputs import reward_files, set_lora
 
 
+def begin_evaluation(given: str | None, config, rank: int) -> str:
+    """The folder that an evaluation writes to, locked. UserError: it is a run's own, or cannot be written to."""
+    if given and Path(given, "checkpoint").is_dir():
+        raise UserError(f"--out {given} is a run, whose report would be lost; name another folder")
+    out = given or evaluation_folder(config.run, config.out)
+    if rank == 0:
+        lock(Path(out), "samples")
+    return out
+
+
 def evaluation_folder(tuned: str | None, out: str) -> str:
     """Where an evaluation goes: into the run that is evaluated, or beside the LoRA's or the base's name."""
     if tuned and Path(tuned, "config.json").is_file():
@@ -235,7 +245,7 @@ def begin(out: Path, home: Path, about: dict, state: dict | None) -> None:
 
 def copy_source(home: Path, folder: Path, reward: str) -> None:
     """The code that a run was made with, beside its results; a reward of one's own in source/reward."""
-    for pattern in ("r2d3.py", "kernels/*.py", "support/*.py", "support/*.js"):
+    for pattern in ("r2d3.py", "kernels/*.py", "support/*.py", "support/*.js", "bases/*.py"):
         for source in home.glob(pattern):
             write_atomic(folder / source.relative_to(home), source.read_bytes())
     for source in reward_files(reward):
@@ -258,13 +268,12 @@ def save_checkpoint(out: Path, net: nn.Module, optimizer: torch.optim.Optimizer,
     write_atomic(out / "checkpoint/state.pt", to_bytes(lambda file: torch.save(state, file)))
 
 
-def stop_diverged(what: str, epoch: int, update: int, config) -> None:
+def stop_diverged(what: str, when: str, config) -> None:
     """Raise a UserError that says what is not finite and what is left of the run with these settings."""
     what, state = what.replace("_", " "), Path(config.out, "checkpoint/state.pt")
     left = f"the last good checkpoint is {state}" if state.is_file() else "there is no checkpoint yet"
     mend = f"look at what --reward {config.reward} does there, or " if "reward" in what else ""
-    raise UserError(f"not finite: the {what} (epoch {epoch}, update {update}); {left}; {mend}try a smaller --lr or "
-                    "--beta")
+    raise UserError(f"not finite: the {what} ({when}); {left}; {mend}try a smaller --lr or --beta")
 
 
 def restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict, out: Path) -> None:
@@ -285,6 +294,20 @@ def load_scores(path: Path) -> dict[str, float | None]:
             return {prompt: value for prompt, value in found.items()
                     if value is None or type(value) in (int, float) and math.isfinite(value)}
     return {}
+
+
+def without_lowest(prompts: list[str], config, score: Callable[[list[str]], torch.Tensor], identity: dict, rank: int,
+                   world: int) -> list[str]:
+    """The prompts without the share config.min_quantile of them that has the lowest scores, score(part) (P,).
+
+    Processes share the work; scores are kept for all runs with this base and reward, whose `identity` it is.
+    """
+    what = [identity, *(getattr(config, name) for name in SCORED_WITH)]
+    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    different = [*dict.fromkeys(prompts)]
+    scores = scores_by_prompt(key, different, config.eval_batch, score, rank, world)
+    lowest = {*sorted(different, key=scores.get)[:int(config.min_quantile * len(different))]}
+    return [prompt for prompt in prompts if prompt not in lowest]
 
 
 # What the score of a prompt depends on, besides the weights and the reward's file.

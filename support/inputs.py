@@ -102,12 +102,22 @@ def reward_terms(spec: str) -> list[tuple[str, str]]:
     return terms
 
 
+def absolute_function(name: str) -> str:
+    """"file.py:function" with the full path of the file, so that a run finds it from anywhere; else as it is."""
+    path, _, function = name.rpartition(":")
+    return f"{absolute(path)}:{function}" if ".py:" in name else name
+
+
 def absolute_reward(spec: str) -> str:
-    """The same reward with the full paths of its files, so that a run finds them from anywhere."""
-    def full(name: str) -> str:
-        path, colon, function = name.rpartition(":")
-        return f"{absolute(path)}:{function}" if colon else name
-    return ",".join(full(name) + (f"={weight}" if weight else "") for name, weight in reward_terms(spec))
+    """The same reward with the full paths of its files."""
+    return ",".join(absolute_function(name) + (f"={weight}" if weight else "") for name, weight in reward_terms(spec))
+
+
+def run_name(base: str, reward: str, method: str, seed: int) -> str:
+    """What a run is called that is not given a name."""
+    names = [base, *(name for name, _ in reward_terms(reward))]
+    parts = [Path(name.rpartition(":")[0] or name).stem if ".py:" in name else name for name in names]
+    return "-".join([*parts, *[method] * (method != "nabla"), f"seed{seed}"])
 
 
 def reward_files(spec: str) -> list[Path]:
@@ -126,13 +136,24 @@ def reward_files(spec: str) -> list[Path]:
     return found
 
 
-def load_function(spec: str) -> Callable:
-    """The function that "file.py:function" names. What it imports may lie beside it."""
+# What a function of one's own has to look like.
+REWARD = "(render, prompts) -> scores (objects, views)"
+BASE = "(config, device) -> r2d3.Base"
+
+
+def load_function(spec: str, option: str = "--reward", wanted: str = REWARD) -> Callable:
+    """The function that "file.py:function" names. What it imports may lie beside it; a file is loaded once.
+
+    UserError: no such file or function, or a file that fails; `option` and `wanted` are for that sentence.
+    """
     path, _, function = spec.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"there is no file {path} for --reward {spec}")
+        raise UserError(f"there is no file {path} for {option} {spec}")
     file = Path(path).resolve()
-    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"     # no other module's name
+    content = hashlib.sha256(str(file).encode() + file.read_bytes()).hexdigest()
+    name = f"{file.stem}_{content[:8]}"                         # no other module's name
+    if name in sys.modules and callable(getattr(sys.modules[name], function, None)):
+        return getattr(sys.modules[name], function)
     module_spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(module_spec)       # where dataclasses look for it
     if str(file.parent) not in sys.path:
@@ -140,10 +161,10 @@ def load_function(spec: str) -> Callable:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise UserError(f"{path} cannot be loaded: {what_failed(error, file)}") from error
     if not callable(getattr(module, function, None)):
-        raise UserError(f"{path} has no function {function!r}; --reward {spec} needs "
-                        f"def {function}(render, prompts) -> scores (objects, views)")
+        raise UserError(f"{path} has no function {function!r}; {option} {spec} needs def {function}{wanted}")
     return getattr(module, function)
 
 

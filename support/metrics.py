@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import UserError, fetching, say, say_too_long
+from support import UserError, fetching, processes, say, say_too_long, to_bytes, write_atomic
 from support.scorers import too_long
 
 METRICS = {"reward": "reward", "alignment": "alignment (image-text cosine)", "retrieved": "retrieval R@1",
@@ -86,6 +87,18 @@ class Measurement(NamedTuple):
     features: Tensor       # (P, S, V, D) of the pictures, unit length
     fid_features: Tensor   # (P, S, V, D)
     latents: Tensor        # (n, *latent) of the n prompts that the report shows, the first object of each
+
+
+def kept(path: Path, make: Callable[[], Measurement], shape: tuple[int, int], resumed: bool, rank: int,
+         world: int) -> Measurement:
+    """make(), a measurement of `shape` (P, S); its file where a run goes on from one. Processes go the same way."""
+    found = processes.gather(load_measurement(path, *shape) if resumed else None, world)[0]
+    if found:
+        return found
+    made = make()
+    if rank == 0:
+        write_atomic(path, to_bytes(partial(torch.save, made._asdict())))
+    return made
 
 
 def load_measurement(path: Path, prompts: int, samples: int) -> Measurement | None:

@@ -23,6 +23,8 @@ from torch import Tensor
 from support import UserError, cache_folder, clear_parts, fetching, load_weights, say, write_atomic
 
 REPO = "chenguolin/DiffSplat"
+# These are in the same repository, but belong to bases/diffsplat_sd35.py.
+SD35_FOLDERS = {"gsdiff_gobj83k_sd35m__render", "gsvae_gobj265k_sd3"}
 VAE = {"in_channels": 12, "out_channels": 12, "latent_channels": 4, "layers_per_block": 2, "sample_size": 256,
        "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
        "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -43,22 +45,15 @@ PUBLISHED = {
         "vae_config": VAE | {"scaling_factor": 0.18215}, "lora_targets": [*ATTENTION, "conv_out"],
         "net_config": {"_class_name": "UNet2DConditionModel", "sample_size": 32, "in_channels": 10, "out_channels": 4,
                        "cross_attention_dim": 768, "attention_head_dim": 8}},
-    # a rectified flow; both configs are those of stabilityai's model, but for the channels and the size of a picture
-    "diffsplat-sd35": {
-        "net": "gsdiff_gobj83k_sd35m__render", "part": "transformer_ema", "vae": "gsvae_gobj265k_sd3",
-        "text": "stabilityai/stable-diffusion-3.5-medium", "length": 77 + 256, "text_dim": 4096, "pooled_dim": 2048,
-        "download": "22 GB", "betas": {"flow_shift": 3.0}, "prediction_type": "flow_prediction", "guidance": 5.0,
-        "lora_targets": [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_out"],   # also the text's
-        "vae_config": VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
-                             "use_post_quant_conv": False},
-        "net_config": {"_class_name": "SD3Transformer2DModel", "sample_size": 32, "patch_size": 2, "in_channels": 22,
-                       "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-                       "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-                       "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}},
-    # its network and files are gaussiancube.py's; the text features that it was trained with were float32
-    "gaussiancube": {"text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768, "download": "3 GB",
-                     "text_precision": "float32"},
 }
+
+
+def register(base: str, about: dict) -> None:
+    """Add what is known of a plug-in's base, so that its networks or its text encoder are read by what is here.
+
+    `about` has the entries of PUBLISHED; an "encoder", if there is one, takes the place of TextEncoder.
+    """
+    PUBLISHED[base] = about
 
 
 def download(base: str) -> Path:
@@ -92,17 +87,16 @@ def load(base: str, weights: str | None, device: torch.device | str, precision: 
             net, vae = build_both(base)
     else:
         net, vae = load_networks(base, Path(weights) if weights else download(base))
-        encode = (SD3TextEncoder if base == "diffsplat-sd35" else TextEncoder)(base, Path(weights) if weights else None, device)
-    if base == "diffsplat-sd35":
-        positions_by_view(net, 4)
+        encode = about.get("encoder", TextEncoder)(base, Path(weights) if weights else None, device)
     half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     nn.Module.to(net, half if precision == "bf16" else torch.float32)     # diffusers' own .to warns of nothing
     nn.Module.to(vae, half)
-    return {"net": net, "vae": vae, "text": encode, "image_size": min(256, vae.config.sample_size),
-            "prediction_type": about.get("prediction_type", "epsilon"), "guidance": about.get("guidance", 7.5), "betas": about["betas"],
-            "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),
-            "latent_std": torch.tensor(1 / vae.config.scaling_factor), "scale_range": (0.0005, 0.02), "depth_scale": 1.0,
-            "half_image_shift": True, "eval_size": 512, "lora_targets": about["lora_targets"]}
+    settings = {"image_size": min(256, vae.config.sample_size), "prediction_type": about.get("prediction_type", "epsilon"),
+                "guidance": about.get("guidance", 7.5), "betas": about["betas"],
+                "latent_mean": torch.tensor(getattr(vae.config, "shift_factor", None) or 0.0),
+                "latent_std": torch.tensor(1 / vae.config.scaling_factor), "scale_range": (0.0005, 0.02),
+                "depth_scale": 1.0, "half_image_shift": True, "eval_size": 512, "lora_targets": about["lora_targets"]}
+    return {"net": net, "vae": vae, "text": encode, "settings": settings}
 
 
 def load_networks(base: str, root: Path) -> tuple[nn.Module, nn.Module]:
@@ -132,7 +126,8 @@ def newest(root: Path, name: str, pattern: str, part: str) -> Path:
 
     What is published under another name (another base, or one that starts from a picture) does not fit.
     """
-    others = {about.get(key) for about in PUBLISHED.values() for key in ("net", "vae")} - {name}
+    others = {about.get(key) for about in PUBLISHED.values() for key in ("net", "vae")} | SD35_FOLDERS
+    others -= {name}
     for folders in (name, pattern):
         found = [path for path in root.glob(f"{folders}/checkpoints/*/{part}")
                  if path.parent.name.isdigit() and path.parents[2].name not in others and "_image_" not in path.parents[2].name]
@@ -214,21 +209,6 @@ def join_views(net: nn.Module, views: int) -> None:
     """Make every self-attention (`attn1`) of a stock diffusers network multi-view, as DiffSplat does."""
     net.set_attn_processor({name: MultiViewAttnProcessor(views) if ".attn1." in name else processor
                             for name, processor in net.attn_processors.items()})
-
-
-def positions_by_view(net: nn.Module, views: int) -> nn.Module:
-    """A stock SD3 network whose rows are tall pictures, the views of an object one above the other: (B, C, V h, w).
-
-    All but the positions treats such a picture as it should: they must be those of a view, anew in each.
-    """
-    stock = net.pos_embed.forward           # patches and positions of one picture: (B, C, h, w) -> (B, n, D)
-
-    def forward(tall: Tensor) -> Tensor:
-        rows = tall.unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1)     # ((b v), C, h, w)
-        return stock(rows).unflatten(0, (len(tall), views)).flatten(1, 2)
-
-    net.pos_embed.forward = forward         # a module around it would rename its weights
-    return net
 
 
 def read_network(config: dict, weights: dict[str, Tensor], where: Path) -> nn.Module:
@@ -389,58 +369,6 @@ class TextEncoder:
         return {"embeds": model(ids, attention_mask=mask)[0]}
 
 
-class SD3TextPart(TextEncoder):
-    """One of SD3's three encoders, number 1 to 3: two CLIPs (77 tokens), then T5 (256). No token is masked in any."""
-
-    def __init__(self, base: str, root: Path | None, device: torch.device | str, number: int):
-        suffix = "" if number == 1 else f"_{number}"
-        self.folders = f"text_encoder{suffix}", f"tokenizer{suffix}"
-        super().__init__(base, root, device)
-        self.clip, self.whole, self.length = number < 3, True, 77 if number < 3 else 256
-        self.dims = {"embeds": 2} | ({"pooled": 1} if self.clip else {})
-        self.source = self.folders, *self.source
-
-    def model_class(self) -> type[nn.Module]:
-        from transformers import CLIPTextModelWithProjection, T5EncoderModel
-        return CLIPTextModelWithProjection if self.clip else T5EncoderModel
-
-    def run(self, model: nn.Module, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Of CLIP the last layer but one, without the final norm, and the projected end of text; of T5 its output."""
-        if not self.clip:
-            return {"embeds": model(ids)[0]}
-        out = model(ids, output_hidden_states=True)
-        return {"embeds": out.hidden_states[-2], "pooled": out.text_embeds}
-
-
-class SD3TextEncoder:
-    """Prompts -> (embeds (B, 77 + 256, D), None, pooled (B, P)), by two CLIPs and T5, one after the other, each then freed.
-
-    The first 77 tokens are both CLIPs' side by side, filled up with zeros to the D of T5, whose 256 follow.
-    """
-
-    def __init__(self, base: str, root: Path | None, device: torch.device | str):
-        self.parts, self.device = [SD3TextPart(base, root, device, number) for number in (1, 2, 3)], device
-
-    def prepare(self, prompts: list[str]) -> None:
-        for part in self.parts:
-            part.prepare(prompts)
-
-    def too_long(self, prompts: list[str]) -> int:
-        """How many of the prompts have more tokens than T5 reads, which are more than CLIP's."""
-        return self.parts[2].too_long(prompts)
-
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, None, Tensor]:
-        self.prepare(prompts)
-        first, second, t5 = ([part.read(prompt) for prompt in prompts] for part in self.parts)
-        rows = []
-        for one, two, three in zip(first, second, t5):
-            clip = torch.cat([one["embeds"], two["embeds"]], 1)
-            filled = nn.functional.pad(clip, (0, three["embeds"].shape[1] - clip.shape[1]))
-            rows.append(torch.cat([filled, three["embeds"]]))
-        pooled = torch.stack([torch.cat([one["pooled"], two["pooled"]]) for one, two in zip(first, second)])
-        return torch.stack(rows).to(self.device), None, pooled.to(self.device)
-
-
 def hpsv2_package():
     """The package hpsv2, of which we use a table of file names and the benchmark's prompt lists. ImportError: not installed.
 
@@ -470,7 +398,7 @@ def random_text(base: str, device: torch.device | str) -> Callable[[list[str]], 
 
     def encode(prompts: list[str]) -> tuple[Tensor | None, ...]:
         embeds = torch.stack([row(prompt, about["length"], about["text_dim"]) for prompt in prompts]).to(device)
-        if base == "diffsplat-sd35":
+        if "pooled_dim" in about:
             return embeds, None, torch.stack([row(prompt, about["pooled_dim"]) for prompt in prompts]).to(device)
         mask = (torch.arange(about["length"], device=device) < 20).repeat(len(prompts), 1)
         return embeds, None if "clip" in about["text"] else mask

@@ -11,13 +11,14 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from support import UserError, export, say, to_bytes, viewer, write_atomic
+from support import UserError, export, say, to_bytes, to_json, viewer, write_atomic
 from support.metrics import cells, paper_table, titles
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -26,7 +27,28 @@ td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}"""
 
 
-def files(before: Tensor, after: Tensor, captions: list[str], objects: list[tuple], turntable: bytes, rows: list[dict],
+def write(out: Path, draw: Callable, objects: list[tuple], captions: list[str], rows: list[dict], summary: dict,
+          settings: dict, camera: tuple[float, float, float]) -> None:
+    """summary.json and all of `files`, atomically.
+
+    objects: Gaussians before and after, n each. draw(gaussians, elevation, azimuths, size) -> (n, V, 3, size, size).
+    """
+    before, after = (draw(each, 20.0, torch.tensor([30.0]), 144)[:, 0].cpu() for each in objects)
+    first = [torch.cat([a[:4], b[:4]]) for a, b in zip(*objects)]
+    title = f"{settings['reward']} on {settings['base']}"
+    made = files(before, after, captions, objects, turntable(draw, type(objects[0])(*first)), rows, summary, title,
+                 to_json(settings), camera)
+    for name, content in {"summary.json": to_json(summary), **made}.items():
+        write_atomic(out / name, content)
+
+
+def turntable(draw: Callable, gaussians: tuple, size: int = 128, frames: int = 36) -> bytes:
+    """A .gif in which all objects, side by side, turn once around."""
+    angles = 360 / frames * torch.arange(frames)
+    return gif([draw(gaussians, 20.0, angle[None], size).transpose(0, 1) for angle in angles])
+
+
+def files(before: Tensor, after: Tensor, captions: list[str], objects: list[tuple], turning_gif: bytes, rows: list[dict],
           summary: dict, title: str, settings: str, camera: tuple[float, float, float]) -> dict[str, bytes | str]:
     """Everything, by file name.
 
@@ -38,7 +60,7 @@ def files(before: Tensor, after: Tensor, captions: list[str], objects: list[tupl
     still = png(picture_rows(torch.stack([before[:len(shown)], after[:len(shown)]])))
     turning = viewer.viewer(objects, shown, still, camera, limit=3000)
     out = {"samples/before_after.png": png(labelled(torch.cat([before, after], 2), captions, min(6, len(captions)))),
-           "samples/turntable.gif": turntable}
+           "samples/turntable.gif": turning_gif}
     if rows:
         out["curves.png"] = curves(rows)
     table = ""
@@ -74,18 +96,18 @@ def paper_section(summary: dict) -> str:
             f"<table><tr><th><th>before<th>after<th>95% of after{published}</tr>{lines}</table>")
 
 
-def save_object(path: Path, gaussians: tuple, pictures: Tensor, turntable: bytes, about: dict,
+def save_object(path: Path, gaussians: tuple, pictures: Tensor, draw: Callable, about: dict,
                 camera: tuple[float, float, float], mesh_cameras: tuple[Tensor, Tensor] | None,
                 backend: str | None) -> None:
     """One object's files: path is the .ply; beside it an .html to turn it, a .png, a .gif and, with cameras, a .glb.
 
-    pictures (1, V, 3, H, W); camera as viewer.viewer takes it. A mesh that cannot be made is said, and no error.
+    pictures (1, V, 3, H, W); draw as in `write`; camera as viewer.viewer takes it. A mesh that cannot be made is said, and no error.
     """
     if export.write_ply(path, gaussians) == 0:
         say(f"nothing can be seen of {path}, it holds no splats: look at --run and --weights")
     views = png(picture_rows(pictures))
     write_atomic(path.with_suffix(".png"), views)
-    write_atomic(path.with_suffix(".gif"), turntable)
+    write_atomic(path.with_suffix(".gif"), turntable(draw, gaussians, 256))
     lines = "".join(f"<tr><td>{html.escape(str(key))}<td>{html.escape(str(value))}" for key, value in about.items())
     body = viewer.viewer([gaussians], [""], views, camera, limit=131072)
     write_atomic(path.with_suffix(".html"), viewer.page(about["prompt"], f"{body}<table>{lines}</table>"))

@@ -1,13 +1,16 @@
-"""The published networks that judge pictures: LAION's aesthetic predictor, HPSv2, Marigold's normals.
+"""What judges pictures: formulas, the small networks of an embedded base, and the published networks.
 
-r2d3.py loads them in `load_reward`, through `load` below. Each class stands alone: torch, and the library it names.
-`render` is a kernels.Render: image (B, V, 3, H, W) and more; scores are (B, V).
+r2d3.py loads them in `load_reward`, through `load` at the end. A scorer is a function scorer(render, prompts) -> (B, V),
+where `render` is a kernels.Render: image (B, V, 3, H, W), alpha, depth, normal. Published are LAION's aesthetic
+predictor, HPSv2 and Marigold's normals; each class stands alone: torch, and the library that it names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +19,96 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support import UserError, fetching
+
+
+# ---- Formulas and embedded networks --------------------------------------------------------------------------------
+
+FXFY = 1422.222 / 1024      # focal length in image widths of all pictures (DiffSplat); r2d3.py says the same
+
+
+def pixel_slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
+    """x / z (1, W) and y / z (H, 1) of the rays through the pixels' centres of a picture (..., H, W)."""
+    H, W = picture.shape[-2:]
+    v = (torch.arange(H, device=picture.device) + 0.5 - H / 2) / (FXFY * H)
+    u = (torch.arange(W, device=picture.device) + 0.5 - W / 2) / (FXFY * W)
+    return u[None], v[:, None]
+
+
+def lines_of_sight(picture: Tensor) -> Tensor:
+    """Unit directions (3, H, W) from the camera through the pixels of a picture (..., H, W), in camera space."""
+    u, v = pixel_slopes(picture)
+    x, y = torch.broadcast_tensors(u, v)
+    return F.normalize(torch.stack([x, y, torch.ones_like(x)]), dim=0)
+
+
+def colorfulness(render, prompts: list[str]) -> Tensor:
+    """How colourful the object is: Hasler and Suesstrunk (2003), sigma_rgyb + 0.3 mu_rgyb, colours in [0, 1].
+
+    Taken over the object (weights: alpha, detached), not the picture: else an object could gain by growing.
+    """
+    weight = render.alpha[:, :, 0].detach()  # (B, V, H, W)
+    weight = weight / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    r, g, b = render.image.unbind(2)
+    opponents = torch.stack([r - g, (r + g) / 2 - b], 2)  # (B, V, 2, H, W)
+    mean = (weight[:, :, None] * opponents).sum((-2, -1))                                         # (B, V, 2)
+    variance = (weight[:, :, None] * (opponents - mean[..., None, None]) ** 2).sum((-2, -1))
+    return (variance.sum(-1) + 1e-8).sqrt() + 0.3 * (mean.square().sum(-1) + 1e-8).sqrt()  # sqrt'(0) = inf
+
+
+def depth_to_normals(depth: Tensor) -> Tensor:
+    """Normals of the surface of a z-depth map (..., 1, H, W): (..., 3, H, W), camera space, towards us.
+
+    Central differences of the unprojected pixel centres; zero on the border, where there is no neighbour.
+    """
+    u, v = pixel_slopes(depth)
+    points = torch.cat([depth * u, depth * v, depth], -3)
+    down = points[..., 2:, 1:-1] - points[..., :-2, 1:-1]
+    right = points[..., 1:-1, 2:] - points[..., 1:-1, :-2]
+    return F.pad(F.normalize(torch.cross(down, right, dim=-3), dim=-3), (1, 1, 1, 1))
+
+
+def mean_cosine(a: Tensor, b: Tensor, mask: Tensor, angle_mask: bool) -> Tensor:
+    """Mean cosine of unit normals (B, V, 3, H, W) where `mask` (B, V, H, W) is true: (B, V), 0 if nowhere.
+
+    `angle_mask` leaves out where b is 60 degrees or more from the line of sight (Nabla-R2D3's option).
+    """
+    if angle_mask:
+        mask = mask & ((b * lines_of_sight(b)).sum(2).abs() > 0.5)
+    return ((a * b).sum(2) * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
+
+
+def depth_normal_consistency(render, prompts: list[str], angle_mask: bool = False) -> Tensor:
+    """Mean cosine between rendered normals and the normals of the rendered depth (detached, as published).
+
+    Over pixels that are on the object (alpha > 0.5) with all their four neighbours; 0 where there is none.
+    """
+    inside = (render.alpha > 0.5).float()
+    cross = inside.new_tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
+    mask = (F.conv2d(inside.flatten(0, 1), cross, padding=1) > 4.5).unflatten(0, inside.shape[:2])[:, :, 0]
+    return mean_cosine(depth_to_normals(render.depth.detach()), render.normal, mask, angle_mask)
+
+
+def tower_agreement(tower: nn.Module) -> Callable:
+    """Embedded stand-in for HPSv2: the cosine of picture and prompt in the base's own image-text tower."""
+    def reward(render, prompts: list[str]) -> Tensor:
+        pictures = tower.image(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])  # (B, V, D)
+        return (pictures * tower.text(prompts)[:, None]).sum(-1)
+    return reward
+
+
+def normal_agreement(estimator: nn.Module, gradient: bool = False, angle_mask: bool = False) -> Callable:
+    """Mean cosine between rendered normals and those an estimator sees in the picture.
+
+    The estimate is detached, as in the paper's setting; with `gradient` the picture learns from it too.
+    """
+    def reward(render, prompts: list[str]) -> Tensor:
+        with contextlib.nullcontext() if gradient else torch.no_grad():
+            estimate = estimator(render.image.flatten(0, 1)).unflatten(0, render.image.shape[:2])
+        return mean_cosine(render.normal, estimate, (render.alpha > 0.5)[:, :, 0], angle_mask)
+    return reward
+
+
+# ---- Published networks ------------------------------------------------------------------------------------------
 
 
 def load_clip(name: str, weights: str | None, device: torch.device | str, checkpoint: bool) -> nn.Module:
@@ -198,12 +291,27 @@ PUBLISHED = {   # scorer, title, size of its download, arguments of `pretrained`
 PUBLISHED |= {"aesthetic": PUBLISHED["laion"], "hpsv2": PUBLISHED["hps-v2.1"], "normal": PUBLISHED["marigold"]}
 
 
-def load(name: str, device: torch.device | str, checkpoint: bool, untrained: bool) -> tuple[nn.Module, str]:
-    """A published scorer by its own or its reward's name, and a title. UserError: unknown, or it cannot be fetched."""
+def load(name: str, base, device: torch.device | str, checkpoint: bool, untrained: bool) -> tuple[Callable, str]:
+    """A reward by its own or its scorer's name, and a title that says what measures it.
+
+    A base with small networks of its own (`tower` and `normals`) is judged by them for aesthetic, hpsv2 and normal, any
+    other by the published scorers. UserError: an unknown name, or a scorer that cannot be fetched.
+    """
+    if name == "colorfulness":
+        return colorfulness, "colorfulness (colourfulness)"
+    if name == "dnc":
+        return depth_normal_consistency, "dnc (depth-normal consistency)"
+    if base.tower is not None and name == "aesthetic":
+        return colorfulness, "aesthetic (embedded scorer: colourfulness)"
+    if base.tower is not None and name == "hpsv2":
+        return tower_agreement(base.tower), "hpsv2 (embedded scorer: image-text tower)"
+    if base.tower is not None and name == "normal":
+        return normal_agreement(base.normals), "normal (embedded scorer: normal estimator)"
     if name not in PUBLISHED:
         known = ", ".join(sorted({*PUBLISHED, "colorfulness", "dnc"}))
         raise UserError(f"there is no reward {name!r}; there are {known}, and file.py:function")
     scorer, title, size, arguments = PUBLISHED[name]
     with fetching(f"the scorer {title}", size):
         loaded = scorer.pretrained(device=device, checkpoint=checkpoint, untrained=untrained, **arguments)
-    return loaded, title + ", random weights" * untrained
+    reward = normal_agreement(loaded) if scorer is MarigoldNormals else loaded
+    return reward, f"{name} ({title}{', random weights' * untrained})"

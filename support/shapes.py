@@ -133,13 +133,13 @@ def load(path: Path, device: torch.device | str) -> tuple[dict, ImageTextTower, 
         return module.to(device).eval().requires_grad_(False)
 
     vocab, length = about["vocab"], about["max_length"]
+    settings = {"image_size": about["vae"]["sample_size"], "prediction_type": about["prediction_type"],
+                "guidance": about["guidance"], "betas": about.get("betas", {}),
+                "latent_mean": state["latent_mean"].float(), "latent_std": state["latent_std"].float(),
+                "scale_range": about["scale_range"], "depth_scale": about["depth_scale"], "half_image_shift": False,
+                "eval_size": 64, "lora_targets": LORA_TARGETS}
     base = {"net": part("net", PixArtTransformer2DModel(**about["net"])),
             "vae": part("vae", AutoencoderKL(**about["vae"])),
-            "text": part("text", WordTable(vocab, about["net"]["caption_channels"], length)),
-            "image_size": about["vae"]["sample_size"], "prediction_type": about["prediction_type"],
-            "guidance": about["guidance"], "betas": about.get("betas", {}), "latent_mean": state["latent_mean"].float(),
-            "latent_std": state["latent_std"].float(), "scale_range": about["scale_range"],
-            "depth_scale": about["depth_scale"], "half_image_shift": False, "eval_size": 64,
-            "lora_targets": LORA_TARGETS}
+            "text": part("text", WordTable(vocab, about["net"]["caption_channels"], length)), "settings": settings}
     tower = ImageTextTower(WordTable(vocab, about["tower"].get("dim", 64), length), **about["tower"])
     return base, part("tower", tower), part("normal", NormalEstimator(**about["normal"]))

@@ -1,6 +1,9 @@
-"""GaussianCube: the 3D U-Net, which no library has, and how its published files are read.
+"""GaussianCube (arXiv 2403.19655) as a plug-in: its base, its 3D U-Net, which no library has, and its published files.
 
-r2d3.GaussianCube is made from what `load` returns. The network is an ADM-type U-Net (Dhariwal and Nichol, arXiv
+    python r2d3.py --base gaussiancube --weights random --reward dnc cost
+
+It is written as a base of your own would be: `load(config, device)` returns an r2d3.Base, and PRESETS has the settings
+that it wants. The network is an ADM-type U-Net (Dhariwal and Nichol, arXiv
 2105.05233) on a grid of Gaussians, told of text twice: pooled beside the time, and as further keys and values of every
 attention. Names of attributes are those of the published state dict, so that it loads strictly.
 Follows github.com/GaussianCube/GaussianCube (arXiv 2403.19655): model/unet.py, model/nn.py.
@@ -9,6 +12,7 @@ Follows github.com/GaussianCube/GaussianCube (arXiv 2403.19655): model/unet.py, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from support import UserError, published
+import r2d3
+from support import UserError, published, to_bytes, write_atomic
+from support.export import SH_C0, link
+from support.presets import PAPER
+
+PRESETS = PAPER | {"": PAPER[""] | {"steps": 50}}
+# The text features that it was trained with were float32.
+published.register("gaussiancube", {"text": "openai/clip-vit-large-patch14", "length": 77, "text_dim": 768,
+                                    "download": "3 GB", "text_precision": "float32"})
 
 REPO = "BwZhang/GaussianCube-Objaverse"
 FILES = {"net": "objaverse_ckpt.pt", "mean": "mean.pt", "std": "std.pt"}     # 1.36 GB and twice 4 MB, in v1.1/
@@ -25,6 +37,71 @@ SIZE = 32           # voxels along a side of the published grid
 # What configs/objaverse_text_cond.yml says; the hub has no configuration file.
 CONFIG = {"channels": 14, "width": 128, "multipliers": [1, 2, 3, 4], "res_blocks": 3, "attention_levels": [2, 3],
           "head_width": 64, "text_width": 768, "embedding_width": 512, "pooling_heads": 64}
+
+
+class GaussianCube(r2d3.Base):
+    """GaussianCube (arXiv 2403.19655): a grid of G^3 r2d3.Gaussians, denoised by a 3D U-Net that predicts x0.
+
+    Channels of a latent (14, G, G, G), standardised per voxel by `mean` and `std`: offset from the voxel's
+    centre, colour (spherical harmonic of degree 0), opacity, scales, quaternion wxyz; z is up there.
+    """
+
+    lora_targets = ["qkv", "encoder_kv", "proj_out", "out.2"]   # all attention layers, and the output layer
+    guidance, elevation, eval_size = 3.5, 30.0, 512             # its authors look from 30 degrees above
+    betas = {"beta_schedule": "squaredcos_cap_v2"}
+    size = r2d3.RADIUS / 2                   # of the grid's cube in our world: its authors' cameras are 2 away
+    # It was trained through a rasteriser that widens splats by 0.3 square pixels, with a focal length of 560
+    # pixels; ours is r2d3.FXFY sides: the same blur, in pictures of any size.
+    dilation = 0.3 * (r2d3.FXFY / 560) ** 2
+
+    def __init__(self, net: nn.Module, text: Callable,
+                 mean: Tensor, std: Tensor, device: torch.device | str):
+        self.device = torch.device(device)
+        self.net = net.to(self.device).eval().requires_grad_(False)
+        self.text, self.mean, self.std = text, mean.to(self.device), std.to(self.device)
+        self.latent_shape, axis = tuple(mean.shape), torch.linspace(-0.5, 0.5, mean.shape[-1])
+        self.grid = torch.cartesian_prod(axis, axis, axis).to(self.device)                  # (G^3, 3)
+        from diffusers import DDIMScheduler
+        squared = DDIMScheduler(**self.betas).alphas_cumprod.double()   # sigma of t = 0 would lose digits
+        self.alpha_by_t, self.sigma_by_t = squared.sqrt(), (1 - squared).sqrt()             # (1000,)
+
+    def encode(self, prompts: list[str]) -> r2d3.Cond:
+        """CLIP's words; the unconditional half is zeros, as in training, not the empty prompt's."""
+        named = torch.tensor([float(prompt != "") for prompt in prompts], device=self.device)
+        return r2d3.Cond(named[:, None, None] * self.text(prompts)[0].float(), None)
+
+    def prepare(self, prompts: list[str]) -> None:
+        """Encode all prompts of a run before it begins."""
+        self.text.prepare(prompts)
+
+    def schedule(self, sampler: str, steps: int) -> r2d3.NoiseSchedule:
+        """dpm starts at log(alpha / sigma) = -5.1, as published: below it, x0 says next to nothing of eps."""
+        cut = {"lambda_min_clipped": -5.1} if sampler == "dpm" else {}
+        return r2d3.NoiseSchedule.from_diffusers(sampler, steps, **self.betas, **cut)
+
+    def predict(self, x: Tensor, t: Tensor, cond: r2d3.Cond) -> Tensor:
+        """Noise in x (B, 14, G, G, G) at timesteps t (B,); the other half of the output is a variance."""
+        x0 = self.net(x, t.to(self.device), cond.embeds.to(self.device))[:, :x.shape[1]]
+        alpha, sigma = (r2d3.per_sample(table[t.cpu()], x) for table in (self.alpha_by_t, self.sigma_by_t))
+        return (x - alpha * x0) / sigma
+
+    def save_network(self, state: dict[str, Tensor], folder: Path, weights: str | None) -> None:
+        """Write weights of `net` and what belongs to them into a folder that --weights takes."""
+        files = local_files(Path(weights)) if weights else download()
+        config = files["net"].with_name("config.json")
+        for file in [files["mean"], files["std"], *[config] * config.is_file()]:
+            link(file, folder / "v1.1" / file.name)
+        write_atomic(folder / "v1.1" / FILES["net"], to_bytes(lambda file: torch.save(state, file)))
+
+    def decode(self, x0: Tensor) -> r2d3.Gaussians:
+        """Clean latents (B, 14, G, G, G) -> G^3 splats, y up, differentiable."""
+        values = (x0 * self.std + self.mean).flatten(2).mT
+        offset, color, opacity, scales, quats = values.split([3, 3, 1, 3, 4], -1)
+        x, y, z = (self.size * (self.grid + offset)).unbind(-1)
+        w, i, j, k = (0.5 ** 0.5 * F.normalize(quats, dim=-1)).unbind(-1)   # a quarter turn about x
+        return r2d3.Gaussians(torch.stack([x, z, -y], -1), self.size * scales.clamp(0, 1),
+                         torch.stack([w + i, i - w, j + k, k - j], -1), opacity[..., 0].clamp(0, 1),
+                         (SH_C0 * color + 0.5).clamp(min=0))
 
 
 def norm(width: int) -> nn.GroupNorm:
@@ -177,8 +254,13 @@ class UNet3D(nn.Module):
         return self.out(h)
 
 
-def load(weights: str | None, device: torch.device | str) -> dict:
-    """What r2d3.GaussianCube is made from: net, text, and the mean and std (14, D, D, D) of the latents; all float32.
+def load(config: r2d3.Config, device: torch.device | str) -> GaussianCube:
+    """The base, from the published weights or those that --weights names."""
+    return GaussianCube(**parts(config.weights, device), device=device)
+
+
+def parts(weights: str | None, device: torch.device | str) -> dict:
+    """What GaussianCube is made from: net, text, and the mean and std (14, D, D, D) of the latents; all float32.
 
     `weights` is a folder laid out like the published repo (v1.1/, or the three files themselves; a config.json beside
     them with entries of CONFIG says that the network has other sizes; text_encoder/ and tokenizer/ are used if there),
