@@ -878,6 +878,7 @@ PAPER_REG_WEIGHT = {"aesthetic": 3e3, "hpsv2": 5e3, "normal": 1e4, "dnc": 1e4}
 
 WEIGHT_DECAY = 1e-4                 # of AdamW (paper)
 MAX_GRAD_NORM = 1.0                 # of all LoRA gradients together (paper)
+IMAGE_NOISE = 2e-3                  # standard deviation of noise on judged pictures (authors' code)
 DDPO_CLIP = {"shapes": 1e-2}        # how far DDPO's likelihood ratio may leave 1; 1e-4 elsewhere
 
 
@@ -972,6 +973,21 @@ class Job(NamedTuple):
         """`render` of section 3 with this base's splats."""
         return render(gaussians, c2w, fxfycxcy, size, self.config.backend, self.base.dilation)
 
+    def judge(self, x0: Tensor, prompts: list[str],
+              generators: list[torch.Generator]) -> tuple[Tensor, Render]:
+        """Rewards (M,) of clean latents, and the pictures that were judged.
+
+        The reward of an object is the mean over its views, whose cameras are drawn anew at every
+        call.
+        """
+        config = self.config
+        cameras = sample_cameras(config.views, config.elevation_jitter, config.azimuth_jitter,
+                                 generators, self.base.elevation, self.base.radius)
+        pictures = self.render(self.base.decode(x0), *cameras, config.view_size)
+        noise = IMAGE_NOISE * noise_like(pictures.image, generators)
+        pictures = pictures._replace(image=(pictures.image + noise).clamp(0, 1))
+        return self.reward(pictures, prompts).mean(1), pictures
+
 
 class Transitions(NamedTuple):
     """M steps of the sampler, objects and times mixed."""
@@ -998,25 +1014,6 @@ class Transitions(NamedTuple):
         return Transitions(*map(pick, self))
 
 
-IMAGE_NOISE = 2e-3      # standard deviation of noise on judged pictures (the authors' code)
-
-
-def judge(job: Job, x0: Tensor, prompts: list[str],
-          generators: list[torch.Generator]) -> tuple[Tensor, Render]:
-    """Rewards (M,) of clean latents, and the pictures that were judged.
-
-    The reward of an object is the mean over its views, whose cameras are drawn anew at every
-    call.
-    """
-    config = job.config
-    cameras = sample_cameras(config.views, config.elevation_jitter, config.azimuth_jitter,
-                             generators, job.base.elevation, job.base.radius)
-    pictures = job.render(job.base.decode(x0), *cameras, config.view_size)
-    image = (pictures.image + IMAGE_NOISE * noise_like(pictures.image, generators)).clamp(0, 1)
-    pictures = pictures._replace(image=image)
-    return job.reward(pictures, prompts).mean(1), pictures
-
-
 def gradient_of_reward(job: Job, batch: Transitions) -> tuple[Tensor, int]:
     """g (M, *latent) by the configured estimator, and how many objects were judged for it.
 
@@ -1039,7 +1036,7 @@ def gradient_of_reward(job: Job, batch: Transitions) -> tuple[Tensor, int]:
 
     def value(x0: Tensor) -> Tensor:
         if config.estimator == "step":
-            return judge(job, x0, part.prompts, part.generators)[0]                         # (E7)
+            return job.judge(x0, part.prompts, part.generators)[0]                         # (E7)
         return (x0 * part.u).flatten(1).sum(1)                                              # (E8)
 
     predict = partial(job.predict, cond=part.cond, guidance=config.guidance)
@@ -1093,7 +1090,7 @@ def refl_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
     """ReFL (ImageReward, arXiv 2304.05977): minus the reward of the estimate E1 at a late step."""
     eps = job.predict_guided(batch.x_t, job.schedule.t(batch.i), batch.cond)
     x0 = job.schedule.x0(batch.x_t, eps, batch.i)
-    reward, _ = judge(job, x0, batch.prompts, batch.generators)
+    reward, _ = job.judge(x0, batch.prompts, batch.generators)
     return {"loss": -reward}, len(reward)
 
 
@@ -1107,7 +1104,7 @@ def draft_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
         eps = job.predict_guided(x, job.schedule.t(i).expand(len(x)), batch.cond)
         mean, std = job.schedule.transition(x, eps, i)
         x = mean + std * noise_like(x, batch.generators)
-    reward, _ = judge(job, x, batch.prompts, batch.generators)
+    reward, _ = job.judge(x, batch.prompts, batch.generators)
     return {"loss": -reward}, len(reward)
 
 
@@ -1172,7 +1169,7 @@ def judge_samples(job: Job, x0: Tensor, prompts: list[str], generators: list[tor
     for rows in torch.arange(len(x0)).split(job.config.micro_batch):
         part = x0[rows].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            reward, pictures = judge(job, part, [prompts[n] for n in rows],
+            reward, pictures = job.judge(part, [prompts[n] for n in rows],
                                      [generators[n] for n in rows])
         u = torch.zeros_like(part)
         if gradient:
@@ -1377,7 +1374,7 @@ def score_prompts(job: Job, prompts: list[str]) -> Tensor:
     """The reward (P,) of one object of each prompt, by which --min-quantile leaves prompts out."""
     generators = [seeded("filter", prompt) for prompt in prompts]
     x0 = job.rollout(prompts, generators, keep=False)
-    return judge(job, x0, prompts, generators)[0]
+    return job.judge(x0, prompts, generators)[0]
 
 
 def beta_in_deviations(job: Job, features: Features, prompts: list[str]) -> float:

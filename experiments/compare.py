@@ -225,8 +225,8 @@ class World:
 
     @staticmethod
     def load_prompts(config: r2d3.Config) -> tuple[list[str], dict[str, list[str]]]:
-        test = r2d3.load_prompts(config.test_prompts)
-        return r2d3.load_prompts(config.prompts), {"unseen": test[:PROMPTS], "sweep": test[PROMPTS:2 * PROMPTS]}
+        test = r2d3.inputs.load_prompts(config.test_prompts)
+        return r2d3.inputs.load_prompts(config.prompts), {"unseen": test[:PROMPTS], "sweep": test[PROMPTS:2 * PROMPTS]}
 
     def untouched(self, seed: int, which: str) -> tuple[metrics.Measurement, dict[str, Tensor]]:
         """The base's own measurement, kept between runs under the name of everything that it depends on."""

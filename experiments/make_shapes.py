@@ -820,8 +820,8 @@ def train_denoiser(work: Path, latents: dict, vae: torch.nn.Module, steps: int, 
 def observe(base: r2d3.DiffSplat, gaussians: r2d3.Gaussians) -> dict[str, Tensor]:
     """What the judges see of n objects from the four canonical views: picture (n, 4, 3, 64, 64), the rest (n,)."""
     out = r2d3.render(gaussians, *r2d3.input_cameras(len(gaussians.means)), 64)
-    rewards = {"colorfulness": r2d3.colorfulness, "dnc": r2d3.depth_normal_consistency,
-               "normal": r2d3.normal_agreement(base.normals)}
+    rewards = {"colorfulness": r2d3.scorers.colorfulness, "dnc": r2d3.depth_normal_consistency,
+               "normal": r2d3.scorers.normal_agreement(base.normals)}
     return {"picture": out.image} | {name: reward(out, []).mean(1) for name, reward in rewards.items()}
 
 

@@ -99,7 +99,7 @@ def check_types(config_class: type, settings: dict) -> tuple[list[str], str | No
     return sorted(settings.keys() - hints.keys()), None
 
 
-MAY_BE_ZERO = {"reg_weight", "elevation_jitter", "azimuth_jitter", "seed", "skip_below", "min_quantile", "draft_steps"}
+MAY_BE_ZERO = {"reg_weight", "elevation_jitter", "azimuth_jitter", "seed", "skip_below", "min_quantile"}
 AT_MOST = {"steps": 500, "lora_rank": 1024, "seed": 2**62, "skip_below": 1, "fraction": 1, "min_quantile": 0.9,
            "elevation_jitter": 80, "azimuth_jitter": 180}
 

@@ -506,7 +506,7 @@ def test_the_authors_lora_and_ours(tmp_path):
     def net():
         net = published.build(settings | {"_class_name": "PixArtTransformer2DModel"})
         net.load_state_dict(weights(d))
-        r2d3.join_views(net, 4)
+        r2d3.published.join_views(net, 4)
         return net.eval()
 
     theirs = {name[5:]: value for name, value in d.items() if name.startswith("lora.")}
@@ -515,26 +515,26 @@ def test_the_authors_lora_and_ours(tmp_path):
     save_file({f"base_model.model.{name}": value for name, value in theirs.items()}, tmp_path / "ours/adapter_model.safetensors")
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "ours"):
         with torch.no_grad():
-            out = r2d3.load_lora(net(), path)(
+            out = r2d3.inputs.load_lora(net(), path)(
                 d["x"], encoder_hidden_states=d["text_embeds"], encoder_attention_mask=d["text_mask"], timestep=d["timestep"],
                 return_dict=False, added_cond_kwargs={"resolution": None, "aspect_ratio": None})[0]
         assert close(out, d["out_lora"], 2e-6) and not close(out, d["out_base"], 0.1)
     with pytest.raises(r2d3.UserError, match="no LoRA in"):
-        r2d3.load_lora(net(), tmp_path / "nowhere")
+        r2d3.inputs.load_lora(net(), tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
     save_file({"unet.down.lora_A.weight": torch.ones(8, 4)}, tmp_path / "other/pytorch_lora_weights.safetensors")
     with pytest.raises(r2d3.UserError, match="not a whole LoRA"):
-        r2d3.load_lora(net(), tmp_path / "other")
+        r2d3.inputs.load_lora(net(), tmp_path / "other")
     for wrong in (torch.ones(4, 8), torch.tensor(1.0)):
         save_file({"unet.down.lora_A.weight": wrong, "unet.down.lora_B.weight": wrong.clone()}, tmp_path / "other/pytorch_lora_weights.safetensors")
         with pytest.raises(r2d3.UserError, match="does not fit this base"):
-            r2d3.load_lora(net(), tmp_path / "other")
+            r2d3.inputs.load_lora(net(), tmp_path / "other")
     save_file({"unet.down.weight": torch.ones(8, 4)}, tmp_path / "other/pytorch_lora_weights.safetensors")
     with pytest.raises(r2d3.UserError, match="not a whole LoRA"):
-        r2d3.load_lora(net(), tmp_path / "other")
+        r2d3.inputs.load_lora(net(), tmp_path / "other")
     (tmp_path / "other/adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(r2d3.UserError, match="cannot be read"):
-        r2d3.load_lora(net(), tmp_path / "other")
+        r2d3.inputs.load_lora(net(), tmp_path / "other")
     with pytest.raises(r2d3.UserError, match="--run is not for train"):
         r2d3.parse(["--run", "anything"])
     with pytest.raises(r2d3.UserError, match="no such file or folder"):     # before the base is looked for

@@ -34,7 +34,7 @@ def world(tmp_path_factory):
 
 
 def test_what_is_measured_is_never_trained_on():
-    train, test = (r2d3.load_prompts(str(ROOT / f"prompts/shapes_{part}.txt")) for part in ("train", "test"))
+    train, test = (r2d3.inputs.load_prompts(str(ROOT / f"prompts/shapes_{part}.txt")) for part in ("train", "test"))
     loaded = compare.World.load_prompts(r2d3.resolve(r2d3.Config()))
     assert loaded == (train, {"unseen": test[:24], "sweep": test[24:48]})
     assert not {*train} & {*test}

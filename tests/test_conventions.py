@@ -240,7 +240,7 @@ def test_ply_file(tmp_path):
                       3 * rand(2, 40, 4, seed=2) - 1, rand(2, 40, seed=3), rand(2, 40, 3, seed=4))
     mixed.opacities[1, 5], mixed.opacities[1, 6], mixed.opacities[1, 7] = 0.0, 1 / 300, 1.0
     path = tmp_path / "new folder" / "a.ply"
-    assert r2d3.save_ply(path, mixed, 1) == 38  # two that no picture shows are left out
+    assert r2d3.export.write_ply(path, mixed, 1) == 38  # two that no picture shows are left out
     header, _, body = path.read_bytes().partition(b"end_header\n")
     lines = header.decode("ascii").splitlines()
     assert lines[:3] == ["ply", "format binary_little_endian 1.0", "element vertex 38"]
@@ -290,7 +290,7 @@ def test_depth_normal_consistency(monkeypatch):
     """
     d = data("dnc")
     monkeypatch.setattr(r2d3, "FXFY", FOCAL / 32)
-    normals = r2d3.depth_to_normals(d["raw_depth"])
+    normals = r2d3.scorers.depth_to_normals(d["raw_depth"])
     assert close(normals, d["d2n"][:, 0], 5e-6)
     points = d["points"]  # their unprojected pixels: (V, 3, H, W)
     down = points[..., 2:, 1:-1] - points[..., :-2, 1:-1]
@@ -327,7 +327,7 @@ def test_normals_of_a_plane(height, width):
     v = ((torch.arange(height) + 0.5) / height - 0.5) / r2d3.FXFY
     u = ((torch.arange(width) + 0.5) / width - 0.5) / r2d3.FXFY
     depth = -1.4 * want[2].abs() / (want[0] * u + want[1] * v[:, None] + want[2])
-    normals = r2d3.depth_to_normals(depth[None])[:, 1:-1, 1:-1]
+    normals = r2d3.scorers.depth_to_normals(depth[None])[:, 1:-1, 1:-1]
     assert close(normals, want[:, None, None].expand_as(normals), 1e-5)
 
 
@@ -348,7 +348,7 @@ def test_rendered_normals_agree_with_rendered_depth():
     for view in range(2):
         want = c2w[0, view, :3, :3].T @ world
         assert want[2] < 0  # towards the camera
-        for normals in (got.normal[0, view], r2d3.depth_to_normals(got.depth[0, view])):
+        for normals in (got.normal[0, view], r2d3.scorers.depth_to_normals(got.depth[0, view])):
             assert close(normals[:, 14:18, 14:18], want[:, None, None].expand(3, 4, 4), 5e-3)
 
 
@@ -362,29 +362,29 @@ def hasler_suesstrunk(image, alpha):
 
 def test_colorfulness():
     image, alpha = rand(2, 3, 9, 7), (rand(2, 1, 9, 7, seed=1) > 0.4).float()
-    score = r2d3.colorfulness(pictures(image, alpha), [""])
+    score = r2d3.scorers.colorfulness(pictures(image, alpha), [""])
     want = torch.tensor([[hasler_suesstrunk(i, a) for i, a in zip(image, alpha)]])
     assert close(score.double(), want, 5e-7) and not close(1.05 * score.double(), want, 1e-2)
     border = (6, 5, 4, 3)
-    larger = r2d3.colorfulness(pictures(F.pad(image, border, value=1.0), F.pad(alpha, border)), [""])
+    larger = r2d3.scorers.colorfulness(pictures(F.pad(image, border, value=1.0), F.pad(alpha, border)), [""])
     assert close(larger, score, 1e-6)  # more background changes nothing
-    assert r2d3.colorfulness(pictures(image, 0.5 * alpha), [""]).allclose(score)  # nor does a thinner object
-    doubled = r2d3.colorfulness(pictures(torch.cat([image] * 2, -1), torch.cat([alpha] * 2, -1)), [""])
+    assert r2d3.scorers.colorfulness(pictures(image, 0.5 * alpha), [""]).allclose(score)  # nor does a thinner object
+    doubled = r2d3.scorers.colorfulness(pictures(torch.cat([image] * 2, -1), torch.cat([alpha] * 2, -1)), [""])
     assert close(doubled, score, 1e-6)  # nor does a larger one
     alpha.requires_grad_()
-    assert not r2d3.colorfulness(pictures(image, alpha), [""]).requires_grad  # alpha cannot be played with
+    assert not r2d3.scorers.colorfulness(pictures(image, alpha), [""]).requires_grad  # alpha cannot be played with
     gray = rand(2, 1, 9, 7).expand(2, 3, 9, 7)
-    assert r2d3.colorfulness(pictures(gray, alpha), [""]).max() < 2e-4
+    assert r2d3.scorers.colorfulness(pictures(gray, alpha), [""]).max() < 2e-4
 
 
 def test_gradient_of_colorfulness():
     image, alpha = rand(1, 3, 5, 4).double(), (rand(1, 1, 5, 4, seed=1) > 0.3).double()
     image.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: r2d3.colorfulness(pictures(x, alpha), [""]), image)
+    assert torch.autograd.gradcheck(lambda x: r2d3.scorers.colorfulness(pictures(x, alpha), [""]), image)
     red, gray = (torch.tensor(rgb).view(3, 1, 1).expand(1, 3, 5, 4) for rgb in ([0.8, 0.2, 0.4], [0.3] * 3))
     for picture, mask in ((red, alpha), (gray, alpha), (image.detach(), torch.zeros_like(alpha))):
         picture = picture.float().clone().requires_grad_()
-        score = r2d3.colorfulness(pictures(picture, mask.float()), [""])
+        score = r2d3.scorers.colorfulness(pictures(picture, mask.float()), [""])
         gradient, = torch.autograd.grad(score.sum(), picture)
         assert score.isfinite().all() and gradient.isfinite().all()
 
@@ -541,7 +541,7 @@ def tiny_pixart(weights):
         sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=24,
         use_additional_conditions=False)
     net.load_state_dict({name[3:]: value.float() for name, value in weights.items() if name[:3] == "sd."})
-    r2d3.join_views(net, 4)
+    r2d3.published.join_views(net, 4)
     return net.eval()
 
 

@@ -72,7 +72,7 @@ def covariance(scales, quats):
 def test_ply_holds_the_ellipsoids_of_our_pictures_turned_y_down(tmp_path):
     """Viewers normalise quaternions and our rasteriser does not: the file's own rotation and scales make up for it."""
     own = cloud(300)
-    assert r2d3.save_ply(tmp_path / "a.ply", own) == 300
+    assert r2d3.export.write_ply(tmp_path / "a.ply", own) == 300
     means, scales, quats, opacities, colors = read_ply(tmp_path / "a.ply")
     assert (quats.norm(dim=-1) - 1).abs().max() < 1e-5         # none of length 0 either
     turn = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
@@ -85,7 +85,7 @@ def test_ply_holds_the_ellipsoids_of_our_pictures_turned_y_down(tmp_path):
 def test_a_file_seen_by_a_camera_that_takes_y_down_is_our_picture(tmp_path, base):
     """The pictures of what viewers read, from their side: the world turned over with its cameras is the same picture."""
     own = base.decode(torch.randn(1, *base.latent_shape, generator=torch.Generator().manual_seed(0)))
-    r2d3.save_ply(tmp_path / "a.ply", own)
+    r2d3.export.write_ply(tmp_path / "a.ply", own)
     file = Gaussians(*(tensor[None] for tensor in read_ply(tmp_path / "a.ply")))
     c2w = r2d3.orbit(20.0, torch.tensor([30.0, 140.0]))[None]
     over = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
@@ -385,7 +385,7 @@ def test_the_lora_loads_with_peft_and_diffusers_as_the_readme_says(tuned):
     settings, lora = tuned
     base = load(settings)
     plain = predicted(base)
-    base.net = r2d3.load_lora(base.net, lora)
+    base.net = r2d3.inputs.load_lora(base.net, lora)
     ours = predicted(base)
     assert (ours - plain).abs().max() > 1e-3 * plain.abs().max()
 
@@ -406,7 +406,7 @@ def test_merged_weights_are_taken_again(tuned, tmp_path, monkeypatch, capsys):
     settings, lora = tuned
     base = load(settings)
     plain = predicted(base)
-    base.net = r2d3.load_lora(base.net, lora)
+    base.net = r2d3.inputs.load_lora(base.net, lora)
     want = predicted(base)
     monkeypatch.setattr(report, "save_object", lambda *args: None)
     prompt = "a red cube" if settings["base"] == "shapes" else "a red lamp"

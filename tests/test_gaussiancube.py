@@ -193,7 +193,7 @@ def solid(values, D=16, ball=True):
     latent = torch.zeros(1, 14, D, D, D)
     latent[0, 6] = ((x ** 2 + y ** 2 + z ** 2 < 0.25) if ball else torch.ones_like(x)).float()
     latent[0, 7:10], latent[0, 10] = 0.03, 1.0
-    latent[0, 3:6] = (torch.stack(values(x, y, z)).float() - 0.5) / r2d3.SH_C0
+    latent[0, 3:6] = (torch.stack(values(x, y, z)).float() - 0.5) / r2d3.export.SH_C0
     return base, latent
 
 

@@ -260,7 +260,7 @@ def test_sizes_of_batches_change_no_result(tmp_path):
     parts = finetuned(tmp_path, "parts", micro_batch=3, eval_batch=4)
     assert parts["reward"]["before"] == pytest.approx(whole["reward"]["before"], abs=2e-6)
     assert parts["reward"]["after"] == pytest.approx(whole["reward"]["after"], abs=2e-5)
-    one, two = (r2d3.run.load_weights(tmp_path / name / "lora/adapter_model.safetensors")[0] for name in ("whole", "parts"))
+    one, two = (load_weights(tmp_path / name / "lora/adapter_model.safetensors")[0] for name in ("whole", "parts"))
     assert max((one[key] - two[key]).abs().max() for key in one) < 1e-4
 
 

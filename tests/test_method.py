@@ -516,7 +516,7 @@ def test_a_batch_is_its_parts():
     splats, linear = SplatBase(), Base()
     for base in (splats, linear):
         batch, null = make_batch(base, schedule)
-        judge, g = make_judge(base, r2d3.colorfulness, CONFIG), randn(4, 2, 3, seed=9)
+        judge, g = make_judge(base, r2d3.scorers.colorfulness, CONFIG), randn(4, 2, 3, seed=9)
 
         def compute(first, last):
             rows = range(first, last)
@@ -771,9 +771,9 @@ def test_multi_view_network_is_the_published_one(official):
     """DiffSplat's transformer from stock diffusers with our attention: its outputs and its gradient."""
     d, net = official, pixart(official)
     assert close(run(net, d, d["x"]), d["out_num_views_1"], 2e-6)  # stock
-    r2d3.join_views(net, 1)
+    r2d3.published.join_views(net, 1)
     assert close(run(net, d, d["x"]), d["out_num_views_1"], 2e-6)  # ours with one view is stock
-    r2d3.join_views(net, 4)
+    r2d3.published.join_views(net, 4)
     x = d["x"].clone().requires_grad_()
     out = run(net, d, x)
     assert close(out.detach(), d["out"], 2e-6)
@@ -788,7 +788,7 @@ def test_multi_view_network_is_the_published_one(official):
 def test_views_attend_to_each_other(official):
     """Four views of an object see each other and no other object."""
     d, net = official, pixart(official)
-    r2d3.join_views(net, 4)
+    r2d3.published.join_views(net, 4)
     names = {name: isinstance(processor, published.MultiViewAttnProcessor)
              for name, processor in net.attn_processors.items()}
     assert sum(names.values()) == 2 and all((".attn1." in name) == joined for name, joined in names.items())

@@ -197,7 +197,7 @@ def test_one_command_evaluates_a_lora_of_the_authors_code(rank, tmp_path, monkey
                 lora[f"unet.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features)
                 lora[f"unet.{name}.lora_B.weight"] = 0.3 * torch.randn(layer.out_features, rank)
     save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
-    tuned = r2d3.load_lora(net, tmp_path / "pytorch_lora_weights.safetensors")
+    tuned = r2d3.inputs.load_lora(net, tmp_path / "pytorch_lora_weights.safetensors")
     scales = {layer.scaling["default"] for layer in tuned.modules() if hasattr(layer, "scaling")}
     assert scales == {8 / rank}                                 # they never set lora_alpha, peft's default is 8
     monkeypatch.setattr(open_clip, "create_model", lambda *args, **more: clip)

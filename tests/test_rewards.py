@@ -360,12 +360,12 @@ def test_camera_frames_agree_on_a_sphere():
     """
     got, truth = sphere()
     assert (got.normal[:, :, 2][got.alpha[:, :, 0] > 0.5] < 0).all(), "they face the camera"
-    score = r2d3.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
+    score = r2d3.scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
     assert score.shape == (1, 2) and (score > 0.995).all(), score
     for axis in range(3):
         wrong = truth.clone()
         wrong[axis] *= -1
-        assert (r2d3.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
+        assert (r2d3.scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -375,7 +375,7 @@ def test_gradient_of_normal_agreement(gradient):
     alpha = torch.rand(2, 3, 1, 8, 8, generator=seeded(7))
     alpha[1, 2] = 0
     image, normal = b.clone().requires_grad_(), a.clone().requires_grad_()
-    score = r2d3.normal_agreement(torch.nn.Identity(), gradient)(render_of(image, alpha=alpha, normal=normal), [])
+    score = r2d3.scorers.normal_agreement(torch.nn.Identity(), gradient)(render_of(image, alpha=alpha, normal=normal), [])
     mask = alpha[:, :, 0] > 0.5
     want = torch.tensor([[(a * b).sum(2)[n, v][mask[n, v]].mean() if mask[n, v].any() else 0.0
                           for v in range(3)] for n in range(2)])
@@ -396,14 +396,14 @@ def test_angle_mask(monkeypatch):
     seen = -(sight * ours).sum(0) > math.cos(math.radians(60))
     inside = got.alpha[0, 0, 0] > 0.5
     assert 0.5 < (inside & seen).sum() / inside.sum() < 0.9
-    exact = r2d3.normal_agreement(lambda images: ours.expand(2, -1, -1, -1), angle_mask=True)(got, [""])
+    exact = r2d3.scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1), angle_mask=True)(got, [""])
     cosine = (got.normal[0] * ours).sum(1)
     want = torch.stack([cosine[v][seen & (got.alpha[0, v, 0] > 0.5)].mean() for v in range(2)])
     assert close(exact[0], want, 1e-5)
-    plain = r2d3.normal_agreement(lambda images: ours.expand(2, -1, -1, -1))(got, [""])
+    plain = r2d3.scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1))(got, [""])
     assert (exact - plain).abs().min() > 1e-4 and (exact > plain).all(), "the rim is the worst of it"
     full = got._replace(alpha=torch.ones_like(got.alpha))       # dnc: the rendered normals decide
-    cosine = (r2d3.depth_to_normals(got.depth) * got.normal).sum(2)[0]
+    cosine = (r2d3.scorers.depth_to_normals(got.depth) * got.normal).sum(2)[0]
     seen = -(sight * got.normal[0]).sum(1) > 0.5
     seen[:, [0, -1]] = seen[:, :, [0, -1]] = False              # there is no depth beyond the picture
     assert 0.2 < seen.float().mean() < 0.6
@@ -428,7 +428,7 @@ def test_angle_mask_is_the_published_one_where_that_is_right(monkeypatch):
     pictures = Render(alpha, alpha, depth, depth, normal)
     with_mask, without = (r2d3.depth_normal_consistency(pictures, [""], angle_mask=on) for on in (True, False))
     assert torch.equal(with_mask, without)
-    published = (r2d3.depth_to_normals(depth) * normal).sum(2) * (alpha > 0.5)[:, :, 0]
+    published = (r2d3.scorers.depth_to_normals(depth) * normal).sum(2) * (alpha > 0.5)[:, :, 0]
     assert close(published.sum((-2, -1)) / (alpha > 0.5).sum((-3, -2, -1)), d["score"][None], 2e-6)
 
 
@@ -482,7 +482,7 @@ def test_marigold_becomes_a_reward(estimator):
     """By its name, and as `normal` of a base without an estimator: the agreement of rendered normals with its own."""
     got, _ = sphere()
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    want = r2d3.normal_agreement(estimator)(got, [""])
+    want = r2d3.scorers.normal_agreement(estimator)(got, [""])
     for name, base in (("marigold", BASE), ("normal", SimpleNamespace(tower=None))):
         score = r2d3.load_reward(name, base, "cpu")(got, [""])
         assert close(score, want, 1e-5)
@@ -495,7 +495,7 @@ def test_arguments_of_the_geometry_rewards():
     got, truth = sphere()
     ours = truth * torch.tensor([1, -1, -1]).view(3, 1, 1)
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    scores = [r2d3.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
+    scores = [r2d3.scorers.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
               for more in ({}, {"gradient": True}, {"angle_mask": True})]
     through = [torch.autograd.grad(score.sum(), got.image, allow_unused=True)[0] for score in scores[:2]]
     assert through[0] is None and through[1] is not None
@@ -662,20 +662,20 @@ def test_a_long_list_loads_fast(tmp_path):
     lines = [f"a wooden chair number {n} with brass fittings and a cushion" for n in range(83296)]
     (tmp_path / "long.txt").write_text("\n".join(lines) + "\n\n")
     begun = time.process_time()
-    assert r2d3.load_prompts(str(tmp_path / "long.txt")) == lines
+    assert r2d3.inputs.load_prompts(str(tmp_path / "long.txt")) == lines
     assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("prompt", ["a red cube.", "a black/white cow, 1.5 m tall", "hpdv2 style chair", "x" * 900,
                                     "ein gr\u00fcner W\u00fcrfel " * 30])
 def test_a_prompt_is_itself(prompt):
-    assert r2d3.load_prompts(f" {prompt}") == [prompt.strip()]
+    assert r2d3.inputs.load_prompts(f" {prompt}") == [prompt.strip()]
 
 
 @pytest.mark.parametrize("spec", ["nowhere.txt", "no where.txt", "folder/file", "list.csv"])
 def test_a_missing_file_is_not_a_prompt(spec):
     with pytest.raises(r2d3.UserError, match=re.escape(f"there is no prompt file {spec}")):
-        r2d3.load_prompts(spec)
+        r2d3.inputs.load_prompts(spec)
 
 
 def test_hpdv2_comes_through_its_package(monkeypatch):
@@ -685,17 +685,17 @@ def test_hpdv2_comes_through_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "hpsv2", package)
     monkeypatch.setitem(sys.modules, "hpsv2.utils", package.utils)
     for style in ("photo", "anime", "concept-art", "paintings"):
-        assert r2d3.load_prompts(f"hpdv2:{style}") == ["A toad in the rain", "Two cats."]
+        assert r2d3.inputs.load_prompts(f"hpdv2:{style}") == ["A toad in the rain", "Two cats."]
     assert asked == ["photo", "anime", "concept-art", "paintings"]
     with pytest.raises(r2d3.UserError, match="the styles are photo, anime, concept-art and paintings"):
-        r2d3.load_prompts("hpdv2:sculpture")
+        r2d3.inputs.load_prompts("hpdv2:sculpture")
 
     def offline(style):
         raise ConnectionError("no network\nhere")
 
     package.benchmark_prompts = offline
     with pytest.raises(r2d3.UserError, match="HPDv2 benchmark prompts could not be fetched") as error:
-        r2d3.load_prompts("hpdv2:photo")
+        r2d3.inputs.load_prompts("hpdv2:photo")
     assert "\n" not in str(error.value)
 
 
@@ -708,12 +708,12 @@ def test_hpdv2_with_the_real_package(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "root_path", str(tmp_path / "cache"))
         monkeypatch.setattr(module.huggingface_hub, "hf_hub_download", lambda repository, name, **where: str(
             tmp_path / name))
-    assert r2d3.load_prompts("hpdv2:concept-art") == ["concept-art one", "concept-art two"]
+    assert r2d3.inputs.load_prompts("hpdv2:concept-art") == ["concept-art one", "concept-art two"]
 
 
 def test_object_captions():
     """Written captions: enough of them, all different, none trained on that is measured, of one plain style."""
-    train, test = (r2d3.load_prompts(str(ROOT / f"prompts/objects_{name}.txt")) for name in ("train", "test"))
+    train, test = (r2d3.inputs.load_prompts(str(ROOT / f"prompts/objects_{name}.txt")) for name in ("train", "test"))
     assert len(train) >= 600 and len(test) == 60
     everything = train + test
     plain = [re.sub(r"[^a-z0-9 ]", "", line.lower()) for line in everything]

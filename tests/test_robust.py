@@ -315,7 +315,7 @@ def test_nothing_to_see_is_said(base, tmp_path, capsys, monkeypatch):
     """Splats that are not finite do not get into the file; a file without any is mentioned."""
     g = splats(1, 3)
     g.means[0, 1, 0] = float("nan")
-    assert r2d3.save_ply(tmp_path / "a.ply", g) == 2
+    assert r2d3.export.write_ply(tmp_path / "a.ply", g) == 2
     monkeypatch.setattr(r2d3, "load_base", lambda config, device: base)
     monkeypatch.setattr(r2d3, "rollout", lambda base, *args, **more: torch.full((1, *base.latent_shape), float("nan")))
     r2d3.sample(r2d3.Config(prompts="a red cube", out=str(tmp_path), samples_per_prompt=1, device="cpu"))
@@ -360,7 +360,7 @@ def ask(base, net):
 def test_a_loras_settings_are_honoured(base, tmp_path, settings):
     wanted = saved_lora(base, tmp_path, **settings)
     plain = ask(base, base.net)
-    net = r2d3.load_lora(base.net, tmp_path)
+    net = r2d3.inputs.load_lora(base.net, tmp_path)
     got = ask(base, net)
     net.unload()
     assert (got - wanted).abs().max() < 1e-5 < 1e-2 < (got - plain).abs().max()
@@ -379,7 +379,7 @@ def test_the_authors_file_has_alpha_8(base, tmp_path):
               tmp_path / "diffusers.safetensors", note)
     save_file(weights, tmp_path / "ours.safetensors")
     for name, wanted in (("pytorch_lora_weights", doubled), ("diffusers", doubled), ("ours", single)):
-        net = r2d3.load_lora(base.net, tmp_path / f"{name}.safetensors")
+        net = r2d3.inputs.load_lora(base.net, tmp_path / f"{name}.safetensors")
         assert (ask(base, net) - wanted).abs().max() < 1e-5
         net.unload()
     assert (doubled - single).abs().max() > 1e-2
@@ -395,7 +395,7 @@ def test_loras_that_are_refused(base, tmp_path):
         file = tmp_path / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | about), encoding="utf-8")
         with pytest.raises(UserError) as caught:
-            r2d3.load_lora(base.net, tmp_path)
+            r2d3.inputs.load_lora(base.net, tmp_path)
         assert words in one_line(caught), caught.value
 
     def lacks_a_layer(weights):
@@ -418,12 +418,12 @@ def test_loras_that_are_refused(base, tmp_path):
     refused("does not fit this base", r="four")
     (tmp_path / "adapter_config.json").write_text("[1", encoding="utf-8")
     with pytest.raises(UserError, match="settings of the LoRA .* cannot be read"):
-        r2d3.load_lora(base.net, tmp_path)
+        r2d3.inputs.load_lora(base.net, tmp_path)
     for name in "ab":
         (tmp_path / "two").mkdir(exist_ok=True)
         save_file({"x.lora_A.weight": torch.ones(2, 2)}, tmp_path / f"two/{name}.safetensors")
     with pytest.raises(UserError, match="holds several files"):
-        r2d3.load_lora(base.net, tmp_path / "two")
+        r2d3.inputs.load_lora(base.net, tmp_path / "two")
 
 
 # ---- 6 and 7 -------------------------------------------------------------------------------------------------------
@@ -656,14 +656,14 @@ def test_long_lines_and_unknown_words_are_named_with_their_line(tmp_path, base):
     file = tmp_path / "prompts.txt"
     file.write_text("a red cube\n\n" + "word " * 2_000_000 + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        r2d3.load_prompts(str(file))
+        r2d3.inputs.load_prompts(str(file))
     assert "prompts.txt, line 3: a prompt of 1" in one_line(caught) and len(str(caught.value)) < 400
     with pytest.raises(UserError) as caught:
-        r2d3.load_prompts("word " * 2_000_000)
+        r2d3.inputs.load_prompts("word " * 2_000_000)
     assert len(one_line(caught)) < 400
     file.write_text("a red cube\n\n a purple " + "x" * 5000 + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        inputs.prepare(base, None, r2d3.load_prompts(str(file)), str(file))
+        inputs.prepare(base, None, r2d3.inputs.load_prompts(str(file)), str(file))
     assert "prompts.txt, line 3: the base 'shapes' does not know the word" in one_line(caught)
 
 
