@@ -58,11 +58,9 @@ Only where the target is reached does beta mean the tilt exp(beta R). log.csv sa
 is: `target` is the root mean square of beta w g / k, which is in units of eps, and `reached` the
 share of it that the network has.
 
-The sections (`grep "^# [0-9]" r2d3.py`): 2 the method, one block to copy; 3 cameras and splats; 4
-bases; 5 rewards; 6 settings and recipes; 7 training steps; 8 training; 9 measuring, sampling,
-command line. Beside this file, kernels/ holds the rasteriser and the fused loss, support/ what is
-not the method (files, published networks, metrics, pages), and bases/ two more base models,
-written as yours would be.
+`grep "^# [0-9]" r2d3.py` lists the sections. Beside this file, kernels/ holds the rasteriser and the
+fused loss, support/ what is not the method (files, published networks, metrics, pages), and bases/
+two more base models, written as yours would be.
 """
 
 from __future__ import annotations
@@ -370,6 +368,8 @@ import torch.nn.functional as F
 from kernels import Render, rasterize
 from support import (UserError, cli, costs, export, folders, inputs, metrics, presets, processes,
                      published, report, say_not_finite, scorers, shapes, to_json, write_atomic)
+from support.cameras import (ELEVATION, FXFY, RADIUS, input_cameras, intrinsics, orbit,
+                             plucker_rays)
 from support.metrics import Features, Measurement
 from support.processes import phase
 from support.scorers import depth_normal_consistency
@@ -383,49 +383,11 @@ if __name__ == "__main__":
 
 # ----------------------------------------------------------------------------------------------
 # 3. Cameras and splats
-# World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras have OpenCV
-# axes (x right, y down, z forward), their matrices are camera-to-world, and intrinsics fx fy cx
-# cy are divided by the size of the image. Follows DiffSplat's src/utils/geo_util.py and is
-# checked against its recorded output. Letters in shapes: B objects, V views, N splats per object,
-# H W pixels, C h w one view of a latent.
+# World: +y up; azimuth 0 looks from +z, 90 from +x. Cameras have OpenCV axes (x right, y down, z
+# forward), their matrices are camera-to-world, and intrinsics fx fy cx cy are divided by the size
+# of the image; support/cameras.py makes them. Letters in shapes: B objects, V views, N splats per
+# object, H W pixels, C h w one view of a latent.
 # ----------------------------------------------------------------------------------------------
-
-FXFY = 1422.222 / 1024  # focal length in image widths: a field of view of 39.6 degrees (DiffSplat)
-RADIUS = 1.4               # distance of the cameras from the origin (DiffSplat)
-ELEVATION = 10.0           # degrees above the horizon (DiffSplat)
-
-
-def orbit(elevation: Tensor | float, azimuth: Tensor | float,
-          radius: Tensor | float = RADIUS) -> Tensor:
-    """Camera-to-world matrices (..., 4, 4) of cameras that look at the origin, OpenCV axes.
-
-    elevation and azimuth are in degrees (a positive elevation: the camera is above), radius in
-    world units; they broadcast against each other.
-    """
-    tensors = [value if torch.is_tensor(value) else torch.tensor(float(value), dtype=torch.float32)
-               for value in (elevation, azimuth, radius)]
-    elevation, azimuth, radius = torch.broadcast_tensors(*tensors)
-    elevation = torch.deg2rad(elevation)
-    azimuth = torch.deg2rad(azimuth)
-    to_camera = torch.stack([elevation.cos() * azimuth.sin(), elevation.sin(),
-                             elevation.cos() * azimuth.cos()], -1)
-    right = torch.stack([azimuth.cos(), torch.zeros_like(radius), -azimuth.sin()], -1)
-    down = torch.cross(right, to_camera, dim=-1)
-    c2w = torch.eye(4, dtype=radius.dtype, device=radius.device).repeat(*radius.shape, 1, 1)
-    c2w[..., :3, :] = torch.stack([right, down, -to_camera, radius[..., None] * to_camera], -1)
-    return c2w
-
-
-def intrinsics(*shape: int) -> Tensor:
-    """fx, fy, cx, cy of every camera of this project: (*shape, 4)."""
-    return torch.tensor([FXFY, FXFY, 0.5, 0.5], dtype=torch.float32).expand(*shape, 4)
-
-
-def input_cameras(num_objects: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """DiffSplat's four views of an object: c2w (B, 4, 4, 4), fxfycxcy (B, 4, 4)."""
-    c2w = orbit(ELEVATION, torch.tensor([0.0, 90.0, 180.0, 270.0], dtype=torch.float32))
-    return c2w.expand(num_objects, 4, 4, 4).to(device), intrinsics(num_objects, 4).to(device)
-
 
 def sample_cameras(views: int, elevation_jitter: float, azimuth_jitter: float,
                    generators: list[torch.Generator], elevation: float = ELEVATION,
@@ -445,31 +407,6 @@ def sample_cameras(views: int, elevation_jitter: float, azimuth_jitter: float,
         azimuth += 90 * torch.stack(quarters)
     c2w = orbit(elevation + elevation_jitter * offsets[:, 1:], azimuth, radius)
     return c2w, intrinsics(len(offsets), views)
-
-
-def plucker_rays(c2w: Tensor, fxfycxcy: Tensor, height: int, width: int,
-                 half_image_shift: bool = False) -> Tensor:
-    """The pixels' rays (B, V, 6, height, width), as Pluecker coordinates.
-
-    These are [origin x direction, direction]. `half_image_shift` reproduces what the published
-    DiffSplat weights were trained with: pixel positions run over [0.5, 1.5] of the image instead
-    of its [0, 1], so that the rays are off by half an image.
-    """
-    rows = torch.arange(height, device=c2w.device)
-    columns = torch.arange(width, device=c2w.device)
-    if half_image_shift:
-        v = rows / max(height - 1, 1) + 0.5
-        u = columns / max(width - 1, 1) + 0.5
-    else:
-        v = (rows + 0.5) / height
-        u = (columns + 0.5) / width
-    fx, fy, cx, cy = fxfycxcy[..., None, None].unbind(-3)  # (B, V, 1, 1)
-    x = ((u - cx) / fx).expand(*c2w.shape[:2], height, width)
-    y = ((v[:, None] - cy) / fy).expand_as(x)
-    in_camera = torch.stack([x, y, torch.ones_like(x)], 2)
-    rays = F.normalize(torch.einsum("bvij,bvjhw->bvihw", c2w[..., :3, :3], in_camera), dim=2)
-    origin = c2w[..., :3, 3, None, None].expand_as(rays)
-    return torch.cat([torch.cross(origin, rays, dim=2), rays], 2)
 
 
 class Gaussians(NamedTuple):
@@ -612,20 +549,15 @@ class DiffSplat(Base):
 
     def __init__(self, net: nn.Module, vae: nn.Module, text: Callable, settings: dict,
                  device: torch.device | str):
-        """`settings` has the attributes from image_size to lora_targets, and half_image_shift."""
+        """`settings` are what shapes.load and published.load know of the networks."""
         self.device = torch.device(device)
         self.net = net.to(self.device).eval().requires_grad_(False)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         self.text = text
         published.join_views(self.net, self.views)
-        self.image_size: int = settings["image_size"]
-        self.prediction_type: str = settings["prediction_type"]
-        self.guidance = settings["guidance"]
-        self.betas = settings["betas"]
-        self.scale_range = settings["scale_range"]
-        self.depth_scale = settings["depth_scale"]
-        self.eval_size = settings["eval_size"]
-        self.lora_targets = settings["lora_targets"]
+        for name in ("image_size", "prediction_type", "guidance", "betas", "scale_range",
+                     "depth_scale", "eval_size", "lora_targets"):
+            setattr(self, name, settings[name])
         # Of latents: per channel, or one number for all.
         self.latent_mean = settings["latent_mean"].to(self.device).reshape(-1, 1, 1)
         self.latent_std = settings["latent_std"].to(self.device).reshape(-1, 1, 1)

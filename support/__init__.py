@@ -2,8 +2,8 @@
 
     shapes.py        the embedded base: its networks and how its file is read (experiments/make_shapes.py makes it)
     published.py     the published bases: where they are, how they are read, their text encoders
-    gaussiancube.py  GaussianCube's 3D U-Net, which no library has, and how its files are read
-    scorers.py       the published 2D models that judge pictures
+    cameras.py       poses, intrinsics, rays
+    scorers.py       what judges pictures: formulas, embedded networks, the published ones
     metrics.py       what evaluations measure
     report.py        the page and the pictures that a run leaves
     export.py        .ply, .glb, merged weights, and the index of sampled objects
@@ -11,7 +11,8 @@
     inputs.py        what a person hands in: prompts, rewards and bases of their own, LoRAs
     folders.py       what a run leaves: folder, lock, settings, checkpoint, identity
     processes.py     how processes share work, and what it takes
-    presets.py       the settings that nobody gives, by recipe, base, reward and method
+    presets.py       the settings that nobody gives, by base
+    costs.py         what an epoch of training takes
     cli.py           the command line, made from the Config's source
 
 This file holds what all of them share: errors that people can mend, and files that are never half written.

@@ -19,27 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support import UserError, fetching
+from support.cameras import FXFY, intrinsics, plucker_rays
 
 
 # ---- Formulas and embedded networks --------------------------------------------------------------------------------
-
-FXFY = 1422.222 / 1024      # focal length in image widths of all pictures (DiffSplat); r2d3.py says the same
-
-
-def pixel_slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
-    """x / z (1, W) and y / z (H, 1) of the rays through the pixels' centres of a picture (..., H, W)."""
-    H, W = picture.shape[-2:]
-    v = (torch.arange(H, device=picture.device) + 0.5 - H / 2) / (FXFY * H)
-    u = (torch.arange(W, device=picture.device) + 0.5 - W / 2) / (FXFY * W)
-    return u[None], v[:, None]
-
-
-def lines_of_sight(picture: Tensor) -> Tensor:
-    """Unit directions (3, H, W) from the camera through the pixels of a picture (..., H, W), in camera space."""
-    u, v = pixel_slopes(picture)
-    x, y = torch.broadcast_tensors(u, v)
-    return F.normalize(torch.stack([x, y, torch.ones_like(x)]), dim=0)
-
 
 def colorfulness(render, prompts: list[str]) -> Tensor:
     """How colourful the object is: Hasler and Suesstrunk (2003), sigma_rgyb + 0.3 mu_rgyb, colours in [0, 1].
@@ -60,8 +43,10 @@ def depth_to_normals(depth: Tensor) -> Tensor:
 
     Central differences of the unprojected pixel centres; zero on the border, where there is no neighbour.
     """
-    u, v = pixel_slopes(depth)
-    points = torch.cat([depth * u, depth * v, depth], -3)
+    H, W = depth.shape[-2:]
+    v = (torch.arange(H, device=depth.device) + 0.5 - H / 2) / (FXFY * H)
+    u = (torch.arange(W, device=depth.device) + 0.5 - W / 2) / (FXFY * W)
+    points = torch.cat([depth * u, depth * v[:, None], depth], -3)
     down = points[..., 2:, 1:-1] - points[..., :-2, 1:-1]
     right = points[..., 1:-1, 2:] - points[..., 1:-1, :-2]
     return F.pad(F.normalize(torch.cross(down, right, dim=-3), dim=-3), (1, 1, 1, 1))
@@ -73,7 +58,9 @@ def mean_cosine(a: Tensor, b: Tensor, mask: Tensor, angle_mask: bool) -> Tensor:
     `angle_mask` leaves out where b is 60 degrees or more from the line of sight (Nabla-R2D3's option).
     """
     if angle_mask:
-        mask = mask & ((b * lines_of_sight(b)).sum(2).abs() > 0.5)
+        camera = torch.eye(4).to(b)[None, None], intrinsics(1, 1).to(b)
+        sight = plucker_rays(*camera, *b.shape[-2:])[:, :, 3:]
+        mask = mask & ((b * sight).sum(2).abs() > 0.5)
     return ((a * b).sum(2) * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
 
 
