@@ -69,30 +69,28 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # Threads that wait should sleep: spinning ones slow a busy machine down. To be set before
-    # torch loads.
+    # Threads that wait should sleep: spinning ones slow a busy machine down. Set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ctrl-C while modules load should not print a traceback; `main` installs the real handler.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+
 # ----------------------------------------------------------------------------------------------
 # 2. The method
-# Residual nabla-DB: the detailed balance of a GFlowNet, written for gradients of
-# log-probabilities. As in the paper, only its forward term is used (arXiv 2506.15684,
-# 2412.07775).
+# Residual nabla-DB: the detailed balance of a GFlowNet, written for gradients of log-probabilities.
+# As in the paper, only its forward term is used (arXiv 2506.15684, 2412.07775).
 #
-# Everything from here to "end of the block to copy" stands alone: copy it beside
-# kernels/matching.py, in a folder kernels/. It knows neither 3D nor text. A network enters as a
-# function predict(x, t) that returns the two halves of classifier-free guidance, (eps_uncond,
-# eps_text), the first None where guidance is 1.
+# Everything from here to "end of the block to copy" stands alone: copy it beside kernels/matching.py,
+# in a folder kernels/. It knows neither 3D nor text. A network enters as a function predict(x, t)
+# that returns the two halves of classifier-free guidance, (eps_uncond, eps_text), the first None
+# where guidance is 1.
 #
 #     code       symbol                              code     symbol
 #     x_t, x_s   a step's two ends                   g        the reward's gradient at x_s (E7, E8)
 #     i          a step, from grid point i (level    c        what k is scaled to (match_weights)
 #                t) to grid point i + 1 (level s)    weight   beta w(s), scaled alike: c beta w / k
 #
-# Letters in shapes: M transitions (or B objects), T steps of the sampler, *latent the shape of a
-# latent.
+# Letters in shapes: M transitions (or B objects), T steps of the sampler, *latent that of a latent.
 # ----------------------------------------------------------------------------------------------
 # ---- begin of the block to copy ----
 import hashlib
@@ -195,8 +193,7 @@ class NoiseSchedule:
 
     def k(self, i: int | Tensor) -> Tensor:
         """How the score of step i depends on the prediction: score = const - k prediction (E6)."""
-        # c_0 / std^2 is alpha_s / sigma_s^2. A flow's k has no 1 / alpha_t, because its E1 has
-        # none.
+        # c_0 / std^2 is alpha_s / sigma_s^2. A flow's k has no 1 / alpha_t, because its E1 has none.
         k_v = self.at(self.sigma, i) * self.alpha[i + 1] / self.sigma[i + 1] ** 2
         return k_v if self.prediction == "v" else k_v / self.alpha[i]
 
@@ -210,8 +207,7 @@ def seeded(*numbers: int | str) -> torch.Generator:
     """A CPU generator whose stream depends on all of the arguments.
 
     Random numbers belong to an object here, not to a batch. So an object is the same whatever is
-    sampled with it, and sizes of batches and numbers of processes change no result beyond
-    rounding.
+    sampled with it; sizes of batches and numbers of processes change no result beyond rounding.
     """
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -389,6 +385,7 @@ if __name__ == "__main__":
 # object, H W pixels, C h w one view of a latent.
 # ----------------------------------------------------------------------------------------------
 
+
 def sample_cameras(views: int, elevation_jitter: float, azimuth_jitter: float,
                    generators: list[torch.Generator], elevation: float = ELEVATION,
                    radius: float = RADIUS) -> tuple[Tensor, Tensor]:
@@ -465,11 +462,10 @@ def render(gaussians: Gaussians, c2w: Tensor, fxfycxcy: Tensor, size: int,
 
 # ----------------------------------------------------------------------------------------------
 # 4. Bases
-# A base is a frozen 3D diffusion model, and `Base` says what it must offer. DiffSplat is
-# the paper's; `shapes`, the default, is DiffSplat with small weights that this repository brings
-# along. Further bases are plug-ins: --base FILE.py:FUNCTION names a function of (config, device)
-# that returns one. bases/ has two of them; as everybody's would, they import this file, and it
-# does not import them.
+# A base is a frozen 3D diffusion model, and `Base` says what it must offer. DiffSplat is the
+# paper's; `shapes`, the default, is DiffSplat with small weights that this repository brings along.
+# Further bases are plug-ins: --base FILE.py:FUNCTION names a function of (config, device) that
+# returns one. The two in bases/ import this file as everybody's would, and it does not import them.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -693,13 +689,11 @@ def load_reward(spec: str, base: Base, device: torch.device | str, checkpoint: b
     return reward
 
 
-
 # ----------------------------------------------------------------------------------------------
 # 6. Settings and recipes
-# Every setting of a run is a field of Config. The command line and --help
-# are made from its source: a comment of the form "[commands] heading" begins a group, and what
-# stands behind a field is its help. A default of None is filled in by `resolve`: from the recipe,
-# and from the presets of the base.
+# Every setting of a run is a field of Config. The command line and --help are made from its source:
+# a comment of the form "[commands] heading" begins a group, and what stands behind a field is its
+# help. A default of None is filled in by `resolve`: from the recipe, and from support/presets.py.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -1398,8 +1392,7 @@ def cost(config: Config, base: Base | None = None) -> dict:
 
 # ----------------------------------------------------------------------------------------------
 # 9. Measuring, sampling, command line
-# The paper's protocol: prompts that were never trained on, the same seeds and views before and
-# after.
+# As in the paper: prompts that were never trained on, the same seeds and views before and after.
 # ----------------------------------------------------------------------------------------------
 
 
