@@ -610,7 +610,7 @@ def work_on(args: argparse.Namespace, about: dict) -> None:
         for wait in (False, True):
             for reward in args.reward:
                 for trial in trials(experiment, reward, args.seeds, tables.read(args.rows, world.weights)):
-                    if not args.only or any(word in trial.name for word in args.only):
+                    if not args.only or any(word in f"{trial.name} {tables.strength(trial.settings)}" for word in args.only):
                         run(world, trial, about, args.rows, wait)
 
 
@@ -619,7 +619,7 @@ def main() -> None:
     parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "sweep", "compare", "ablate", "beta"])
     parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
-    parser.add_argument("--only", nargs="+", help="only trials whose name holds one of these words")
+    parser.add_argument("--only", nargs="+", help="only trials whose name or strength holds one of these words")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows are; another file begins anew")
     parser.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, on one GPU or on as many cores")
