@@ -1,6 +1,6 @@
 """The comparison: every method from the same start, on four rewards, measured against the exact optimum.
 
-    python experiments/compare.py --experiment tilt             # once: 256 samples a prompt of the base
+    python experiments/compare.py --experiment tilt dial        # once: 256 samples a prompt of the base; the unit of beta
     python experiments/compare.py --experiment sweep            # every method's strengths, one seed
     python experiments/compare.py --experiment compare          # what the sweep chose, three seeds
     python experiments/compare.py --experiment ablate           # one change each
@@ -17,6 +17,7 @@ noise and views.
 Experiments:
 
     tilt      samples of the untouched base; with weights exp(beta r) they are the optimum for every beta (tilt.py)
+    dial      how far a beta of 1 moves the target, in units of eps, for every reward, estimator and matching
     sweep     strengths of every method over decades, one seed, measured on 24 prompts that are used for nothing else
     compare   of every method the strength that the sweep chose (tables.chosen), on 24 other prompts, three seeds
     ablate    one change each of what is compared, one seed, on the same prompts as the comparison
@@ -442,6 +443,40 @@ def prompts_of(world: World, trial: Trial) -> list[str]:
     return world.measured["unseen"] if trial.experiment == "beta" else world.prompts
 
 
+def dial(world: World, reward: str, estimator: str, about: dict, **changes) -> dict:
+    """What a beta of 1 asks of the untouched base: the root mean square of beta w g / k, the way the loss's target is
+    away from eps_ref in units of eps, for every matching, which weighs levels by c^2. Of the first epoch's objects and
+    steps.
+    """
+    settings = PAPER | {"reward": reward, "estimator": estimator, "beta": 1.0, "seed": 0} | changes
+    trial = Trial("dial", estimator, reward, {"estimator": estimator}, settings, [])
+    config = configured(world, trial)
+    job = r2d3.Job(world.base, make_judge(world, trial, config), world.schedule, world.null, config)
+    sampled, _ = r2d3.sample_epoch(job, world.prompts, 0, {})
+    pairs = torch.tensor([(n, i) for n in range(config.batch_size)
+                          for i in r2d3.pick_steps(config, r2d3.seeded(0, 0, n, "steps"))])
+    squares, found = [], {}
+    for part in pairs.split(config.micro_batch):
+        batch = sampled.transitions(*part.T, [r2d3.seeded("dial", *pair) for pair in part.tolist()])
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return r2d3.predict_guided(world.base, x, t, batch.cond, world.null, config.guidance)
+
+        def value(x0: Tensor) -> Tensor:
+            if estimator == "step":
+                return job.judge(x0, batch.prompts, batch.generators)[0]
+            return (x0 * batch.u).flatten(1).sum(1)
+
+        g, _ = r2d3.reward_gradient(predict, value, world.schedule, batch.x_s, batch.i + 1)
+        squares.append(g.square().flatten(1).mean(1).double().cpu())
+    square = torch.cat(squares)
+    for matching in ("score", "kl", "eps"):
+        c, pull = r2d3.match_weights(world.schedule, pairs[:, 1], beta=1.0, matching=matching, time_weight="squared")
+        found[matching] = ((pull ** 2 * square).sum() / (c ** 2).sum()).sqrt().item()
+    return {"experiment": "dial", "reward": reward, "name": estimator, "settings": {"seed": 0}, "base": world.weights,
+            **about, "target": found}
+
+
 def run(world: World, trial: Trial, about: dict, rows: Path, wait: bool = False) -> None:
     """One trial: train with its settings to every mark, measure there, append the rows that are not there yet."""
     key = identity(world, trial)
@@ -607,16 +642,22 @@ def work_on(args: argparse.Namespace, about: dict) -> None:
                 if not any(row["experiment"] == "tilt" for row in tables.read(args.rows, world.weights)):
                     append(args.rows, exact_tilt(world, about))
             continue
+        if experiment == "dial":
+            known = [(row["reward"], row["name"]) for row in tables.of(tables.read(args.rows, world.weights), "dial")]
+            append(args.rows, [dial(world, reward, estimator, about) for reward in args.reward
+                               for estimator in ("sample", "step") if (reward, estimator) not in known])
+            continue
         for wait in (False, True):
             for reward in args.reward:
                 for trial in trials(experiment, reward, args.seeds, tables.read(args.rows, world.weights)):
-                    if not args.only or any(word in f"{trial.name} {tables.strength(trial.settings)}" for word in args.only):
+                    title = f"{trial.name} {tables.strength(trial.settings)}"
+                    if not args.only or any(word in title for word in args.only):
                         run(world, trial, about, args.rows, wait)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "sweep", "compare", "ablate", "beta"])
+    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "dial", "sweep", "compare", "ablate", "beta"])
     parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
     parser.add_argument("--only", nargs="+", help="only trials whose name or strength holds one of these words")

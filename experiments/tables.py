@@ -54,8 +54,8 @@ def read(rows: Path, base: str | None = None) -> list[dict]:
     return [row for row in map(json.loads, whole) if base in (None, row.get("base"))]
 
 
-def of(rows: list[dict], experiment: str, reward: str, name: str | None = None) -> list[dict]:
-    return [row for row in rows if row["experiment"] == experiment and row["reward"] == reward
+def of(rows: list[dict], experiment: str, reward: str | None = None, name: str | None = None) -> list[dict]:
+    return [row for row in rows if row["experiment"] == experiment and reward in (None, row["reward"])
             and name in (None, row.get("name")) and "diverged" not in row]
 
 
@@ -386,6 +386,19 @@ def ablations(rows: list[dict], reward: str) -> str:
                  "KL without the last step, at most", *[*METRICS.values()][:9]], lines) if changed else ""
 
 
+ESTIMATORS = {"sample": "E8", "step": "E7"}
+
+
+def dials(rows: list[dict]) -> str:
+    """How far a beta of 1 moves the target, and what beta moves it by a tenth of eps."""
+    lines = [[row["reward"], ESTIMATORS[row["name"]], *(f"{value:.2g}" for value in row["target"].values()),
+              *(f"{0.1 / value:.1e}" for value in row["target"].values())] for row in of(rows, "dial")]
+    matchings = ("score", "kl", "eps")
+    return table("the target beta w g / k in units of eps (root mean square, levels weighed as the loss does)",
+                 ["reward", "g", *(f"{name}: per unit of beta" for name in matchings),
+                  *(f"{name}: beta for 10%" for name in matchings)], lines)
+
+
 def small_betas(rows: list[dict], reward: str) -> str:
     """Where training with a small beta ends, and what the exact tilt gains with the same beta."""
     lines = []
@@ -428,7 +441,7 @@ def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
     made = (make(rows, reward) for make in (comparison, at_equal_gain, sweep, ablations, small_betas)
             for reward in rewards)
-    return optima(rows, rewards) + "".join(made)
+    return optima(rows, rewards) + dials(rows) + "".join(made)
 
 
 # ---- The plot -----------------------------------------------------------------------------------------------------------

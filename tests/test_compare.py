@@ -200,6 +200,17 @@ def test_the_exact_tilt_is_rows(world, tmp_path, monkeypatch):
     assert tables.at_beta(curve, 2 * curve[-1]["beta"]) is None
 
 
+def test_the_dial_says_how_far_the_target_moves(world):
+    """Where all levels weigh alike it is the mean over them; E7 and E8 have a unit each; tables say which beta is 10%."""
+    rows = [compare.dial(world, "aesthetic", estimator, ABOUT, batch_size=3, steps=6, view_size=16) for estimator in ("sample", "step")]
+    for row in rows:
+        assert 0 < row["target"]["score"] < row["target"]["kl"] < row["target"]["eps"]
+    assert rows[0]["target"]["eps"] != rows[1]["target"]["eps"]
+    assert rows[0]["target"]["eps"] == pytest.approx(rows[1]["target"]["eps"], rel=0.5)
+    text = tables.dials([rows[0] | {"target": {"score": 2e-6, "kl": 3e-5, "eps": 1e-4}}])
+    assert "| aesthetic | E8 | 2e-06 | 3e-05 | 0.0001 | 5.0e+04 | 3.3e+03 | 1.0e+03 |" in text
+
+
 def test_open_slots_are_named(world):
     """"a cone" leaves its colour open, "something green" its shape, "a ring" its colour."""
     names = compare.named_open(world, world.before["unseen"][0].features)
