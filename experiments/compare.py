@@ -87,7 +87,7 @@ CLIMB = COMMON | {"batch_size": 2, "updates_per_epoch": 1}
 
 # Rewards asked when a trial is measured; the sweep is measured at the last. E7 asks for a reward at each of the twelve
 # steps that are trained of an object, E8 and the climbers once per object, DDPO without a gradient.
-MARKS = {"aesthetic": [16, 64], "hpsv2": [64, 192], "normal": [32, 96], "dnc": [32, 96]}
+MARKS = {"aesthetic": [64], "hpsv2": [64, 192], "normal": [32, 96], "dnc": [32, 96]}
 
 
 class Method(NamedTuple):
@@ -113,7 +113,7 @@ METHODS = {
 # (tables.chosen says whether it does).
 CLIMBS = {"ReFL": [1e-4, 3e-4, 1e-3], "DRaFT": [1e-4, 3e-4, 1e-3]}
 STRENGTHS = {
-    "aesthetic": {"E8 score": [1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
+    "aesthetic": {"E8 score": [3e3, 1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
                   "E7 score (the paper's)": [1e4, 1e5, 1e6], **CLIMBS},
     "hpsv2": {"E8 score": [1e5, 1e6, 1e7], "E8 kl": [1e3, 1e4, 1e5], "E8 eps": [1e2, 1e3, 1e4],
               "E7 score (the paper's)": [1e5, 1e6, 1e7], **CLIMBS},
@@ -132,7 +132,7 @@ SMALL_BETAS |= {
     "beta 1sd, fraction 1":      ({"fraction": 1.0}, 1, [64, 128, 256]),
     "beta 1sd, E7":              ({"estimator": "step"}, 1, [768, 1536, 3072]),
 }
-SCALES = [1.0, 0.5, 0.25]       # of the LoRA, at the last mark of what is compared
+SCALES = [1.0, 0.5]             # of the LoRA, at the last mark of what is compared
 
 
 class Trial(NamedTuple):

@@ -35,7 +35,7 @@ METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "na
 LOOKS = {"E8 score": ("C0", "o"), "E8 kl": ("C9", "v"), "E8 eps": ("C3", "D"), "E7 score (the paper's)": ("C4", "P"),
          "E7 kl": ("C6", "<"), "E7 eps": ("C8", ">"), "ReFL": ("C2", "^"), "DRaFT": ("C1", "s"), "DDPO": ("C7", "x")}
 BOOTSTRAP = 2000
-MOST_DNC_LOST = 0.005       # of the rule that chooses, see `admissible`
+MOST_DNC_LOST = 0.005       # that the rule forgives, see `admissible`
 
 
 def base_hash() -> str:
@@ -117,11 +117,11 @@ class Choice(NamedTuple):
 
 
 def admissible(row: dict) -> bool:
-    """No measurable loss of alignment and R@1 (their intervals reach 0), and at most 0.005 of dnc; but what is the
-    reward itself is not asked.
+    """No measurable loss: the intervals of alignment and R@1 reach 0, that of dnc reaches -0.005. (Of these the
+    reward itself passes where it gains.)
     """
-    kept = row["reward"] == "hpsv2" or interval([row], "alignment")[1] >= 0
-    return kept and interval([row], "retrieved")[1] >= 0 and row["change"]["dnc"] >= -MOST_DNC_LOST
+    least = {"alignment": 0.0, "retrieved": 0.0, "dnc": -MOST_DNC_LOST}
+    return all(interval([row], metric)[1] >= value for metric, value in least.items())
 
 
 def dial(settings: dict) -> tuple[str, float]:
