@@ -389,7 +389,7 @@ def check(device):
     return found
 
 
-GPU_TESTS = ["test_kernels_gpu.py", "test_splat_triton.py", "test_splat_hard.py", "test_matching.py"]
+GPU_TESTS = ["test_kernels_gpu.py", "test_rasterize_triton.py", "test_matching.py"]
 
 
 def correct(rows, device, quick):
@@ -453,13 +453,13 @@ def time_splat(rows, device, quick):
                 rows.failed(error, **row, backend=backend)
 
 
-# Variants of splat.py: constants that are changed.
-VARIANTS = {f"tile {tile}, {warps} warps": {"GPU_TILE": tile, "WARPS": warps}
-            for tile, warps in ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (16, 8))}
+# Variants of splat.py: constants that are changed. Of tiles: width, height, warps.
+VARIANTS = {f"{width} x {height}, {warps} warp{'s' * (warps > 1)}": {"TILINGS": ((0, (width, height, warps)),)}
+            for width, height, warps in ((8, 8, 1), (8, 8, 2), (8, 4, 1), (16, 8, 1), (16, 8, 2), (16, 8, 4),
+                                         (16, 16, 4), (16, 16, 8))}
 VARIANTS |= {f"batch {batch}": {"BATCH": batch} for batch in (4, 8, 32, 64)}
 VARIANTS |= {f"lanes {block}, {warps} warps": {"LANES": {"BLOCK": block, "num_warps": warps}} for block, warps
              in ((64, 1), (64, 2), (128, 2), (128, 8), (256, 2), (256, 4), (256, 8), (512, 8))}
-VARIANTS["16 x 16, batch 64"] = {"GPU_TILE": 16, "WARPS": 8, "BATCH": 64}
 
 
 def variant(name):
@@ -471,8 +471,6 @@ def variant(name):
     module.LANES = module.LANES | change.pop("LANES", {})
     for constant, value in change.items():
         setattr(module, constant, value)
-    module.COMPOSITE = module.COMPOSITE | {"TILE": module.GPU_TILE, "WARPS": module.WARPS,
-                                           "num_warps": module.WARPS}
     return module
 
 
@@ -487,7 +485,7 @@ def warm(names, device):
 
 
 def sweep(rows, device, quick):
-    for shape in TINY if quick else ("diffsplat", "embedded", "diffsplat-512", "gaussiancube"):
+    for shape in TINY if quick else ("diffsplat", "diffsplat-b2", "diffsplat-b4", "embedded", "gaussiancube"):
         B, V, N, size = (SPLAT | TINY)[shape]
         leaves, views = scene(B, V, N, device, 0), make_views(B, V, size, device)
         for name in list(VARIANTS)[:1] if quick else VARIANTS:

@@ -1,6 +1,6 @@
 """The comparison: every method from the same start, on four rewards, measured against the exact optimum.
 
-    python experiments/compare.py --experiment tilt             # once: 256 samples a prompt of the base
+    python experiments/compare.py --experiment tilt dial        # once: 256 samples a prompt of the base; the unit of beta
     python experiments/compare.py --experiment sweep            # every method's strengths, one seed
     python experiments/compare.py --experiment compare          # what the sweep chose, three seeds
     python experiments/compare.py --experiment ablate           # one change each
@@ -17,6 +17,7 @@ noise and views.
 Experiments:
 
     tilt      samples of the untouched base; with weights exp(beta r) they are the optimum for every beta (tilt.py)
+    dial      how far a beta of 1 moves the target, in units of eps, for every reward, estimator and matching
     sweep     strengths of every method over decades, one seed, measured on 24 prompts that are used for nothing else
     compare   of every method the strength that the sweep chose (tables.chosen), on 24 other prompts, three seeds
     ablate    one change each of what is compared, one seed, on the same prompts as the comparison
@@ -86,7 +87,7 @@ CLIMB = COMMON | {"batch_size": 2, "updates_per_epoch": 1}
 
 # Rewards asked when a trial is measured; the sweep is measured at the last. E7 asks for a reward at each of the twelve
 # steps that are trained of an object, E8 and the climbers once per object, DDPO without a gradient.
-MARKS = {"aesthetic": [16, 64], "hpsv2": [64, 192], "normal": [64, 192], "dnc": [64, 192]}
+MARKS = {"aesthetic": [64], "hpsv2": [64, 192], "normal": [32, 96], "dnc": [32, 96]}
 
 
 class Method(NamedTuple):
@@ -112,12 +113,12 @@ METHODS = {
 # (tables.chosen says whether it does).
 CLIMBS = {"ReFL": [1e-4, 3e-4, 1e-3], "DRaFT": [1e-4, 3e-4, 1e-3]}
 STRENGTHS = {
-    "aesthetic": {"E8 score": [1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
+    "aesthetic": {"E8 score": [3e3, 1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
                   "E7 score (the paper's)": [1e4, 1e5, 1e6], **CLIMBS},
     "hpsv2": {"E8 score": [1e5, 1e6, 1e7], "E8 kl": [1e3, 1e4, 1e5], "E8 eps": [1e2, 1e3, 1e4],
               "E7 score (the paper's)": [1e5, 1e6, 1e7], **CLIMBS},
-    "normal": {"E8 score": [3e5, 1e6, 3e6], **CLIMBS},
-    "dnc": {"E8 score": [1e5, 3e5, 1e6], **CLIMBS},
+    "normal": {"E8 eps": [3e3, 1e4, 3e4], "E8 score": [3e5, 1e6, 3e6], **CLIMBS},
+    "dnc": {"E8 eps": [1.5e3, 5e3, 1.5e4], "E8 score": [1e5, 3e5, 1e6], **CLIMBS},
 }
 # What theory says about the end of training (tests/test_beta.py): w = 1, the Jacobian kept, every level asked,
 # nothing that holds back; the reward from the very prompts and views that are measured. beta in deviations.
@@ -131,7 +132,7 @@ SMALL_BETAS |= {
     "beta 1sd, fraction 1":      ({"fraction": 1.0}, 1, [64, 128, 256]),
     "beta 1sd, E7":              ({"estimator": "step"}, 1, [768, 1536, 3072]),
 }
-SCALES = [1.0, 0.5, 0.25]       # of the LoRA, at the last mark of what is compared
+SCALES = [1.0, 0.5]             # of the LoRA, at the last mark of what is compared
 
 
 class Trial(NamedTuple):
@@ -442,6 +443,40 @@ def prompts_of(world: World, trial: Trial) -> list[str]:
     return world.measured["unseen"] if trial.experiment == "beta" else world.prompts
 
 
+def dial(world: World, reward: str, estimator: str, about: dict, **changes) -> dict:
+    """What a beta of 1 asks of the untouched base: the root mean square of beta w g / k, the way the loss's target is
+    away from eps_ref in units of eps, for every matching, which weighs levels by c^2. Of the first epoch's objects and
+    steps.
+    """
+    settings = PAPER | {"reward": reward, "estimator": estimator, "beta": 1.0, "seed": 0} | changes
+    trial = Trial("dial", estimator, reward, {"estimator": estimator}, settings, [])
+    config = configured(world, trial)
+    job = r2d3.Job(world.base, make_judge(world, trial, config), world.schedule, world.null, config)
+    sampled, _ = r2d3.sample_epoch(job, world.prompts, 0, {})
+    pairs = torch.tensor([(n, i) for n in range(config.batch_size)
+                          for i in r2d3.pick_steps(config, r2d3.seeded(0, 0, n, "steps"))])
+    squares, found = [], {}
+    for part in pairs.split(config.micro_batch):
+        batch = sampled.transitions(*part.T, [r2d3.seeded("dial", *pair) for pair in part.tolist()])
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return r2d3.predict_guided(world.base, x, t, batch.cond, world.null, config.guidance)
+
+        def value(x0: Tensor) -> Tensor:
+            if estimator == "step":
+                return job.judge(x0, batch.prompts, batch.generators)[0]
+            return (x0 * batch.u).flatten(1).sum(1)
+
+        g, _ = r2d3.reward_gradient(predict, value, world.schedule, batch.x_s, batch.i + 1)
+        squares.append(g.square().flatten(1).mean(1).double().cpu())
+    square = torch.cat(squares)
+    for matching in ("score", "kl", "eps"):
+        c, pull = r2d3.match_weights(world.schedule, pairs[:, 1], beta=1.0, matching=matching, time_weight="squared")
+        found[matching] = ((pull ** 2 * square).sum() / (c ** 2).sum()).sqrt().item()
+    return {"experiment": "dial", "reward": reward, "name": estimator, "settings": {"seed": 0}, "base": world.weights,
+            **about, "target": found}
+
+
 def run(world: World, trial: Trial, about: dict, rows: Path, wait: bool = False) -> None:
     """One trial: train with its settings to every mark, measure there, append the rows that are not there yet."""
     key = identity(world, trial)
@@ -607,19 +642,25 @@ def work_on(args: argparse.Namespace, about: dict) -> None:
                 if not any(row["experiment"] == "tilt" for row in tables.read(args.rows, world.weights)):
                     append(args.rows, exact_tilt(world, about))
             continue
+        if experiment == "dial":
+            known = [(row["reward"], row["name"]) for row in tables.of(tables.read(args.rows, world.weights), "dial")]
+            append(args.rows, [dial(world, reward, estimator, about) for reward in args.reward
+                               for estimator in ("sample", "step") if (reward, estimator) not in known])
+            continue
         for wait in (False, True):
             for reward in args.reward:
                 for trial in trials(experiment, reward, args.seeds, tables.read(args.rows, world.weights)):
-                    if not args.only or any(word in trial.name for word in args.only):
+                    title = f"{trial.name} {tables.strength(trial.settings)}"
+                    if not args.only or any(word in title for word in args.only):
                         run(world, trial, about, args.rows, wait)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "sweep", "compare", "ablate", "beta"])
+    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "dial", "sweep", "compare", "ablate", "beta"])
     parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
-    parser.add_argument("--only", nargs="+", help="only trials whose name holds one of these words")
+    parser.add_argument("--only", nargs="+", help="only trials whose name or strength holds one of these words")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows are; another file begins anew")
     parser.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, on one GPU or on as many cores")

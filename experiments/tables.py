@@ -35,7 +35,7 @@ METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "na
 LOOKS = {"E8 score": ("C0", "o"), "E8 kl": ("C9", "v"), "E8 eps": ("C3", "D"), "E7 score (the paper's)": ("C4", "P"),
          "E7 kl": ("C6", "<"), "E7 eps": ("C8", ">"), "ReFL": ("C2", "^"), "DRaFT": ("C1", "s"), "DDPO": ("C7", "x")}
 BOOTSTRAP = 2000
-MOST_DNC_LOST = 0.005       # of the rule that chooses, see `admissible`
+MOST_DNC_LOST = 0.005       # that the rule forgives, see `admissible`
 
 
 def base_hash() -> str:
@@ -54,8 +54,8 @@ def read(rows: Path, base: str | None = None) -> list[dict]:
     return [row for row in map(json.loads, whole) if base in (None, row.get("base"))]
 
 
-def of(rows: list[dict], experiment: str, reward: str, name: str | None = None) -> list[dict]:
-    return [row for row in rows if row["experiment"] == experiment and row["reward"] == reward
+def of(rows: list[dict], experiment: str, reward: str | None = None, name: str | None = None) -> list[dict]:
+    return [row for row in rows if row["experiment"] == experiment and reward in (None, row["reward"])
             and name in (None, row.get("name")) and "diverged" not in row]
 
 
@@ -117,11 +117,11 @@ class Choice(NamedTuple):
 
 
 def admissible(row: dict) -> bool:
-    """No measurable loss of alignment and R@1 (their intervals reach 0), and at most 0.005 of dnc; but what is the
-    reward itself is not asked.
+    """No measurable loss: the intervals of alignment and R@1 reach 0, that of dnc reaches -0.005. (Of these the
+    reward itself passes where it gains.)
     """
-    kept = row["reward"] == "hpsv2" or interval([row], "alignment")[1] >= 0
-    return kept and interval([row], "retrieved")[1] >= 0 and row["change"]["dnc"] >= -MOST_DNC_LOST
+    least = {"alignment": 0.0, "retrieved": 0.0, "dnc": -MOST_DNC_LOST}
+    return all(interval([row], metric)[1] >= value for metric, value in least.items())
 
 
 def dial(settings: dict) -> tuple[str, float]:
@@ -386,6 +386,19 @@ def ablations(rows: list[dict], reward: str) -> str:
                  "KL without the last step, at most", *[*METRICS.values()][:9]], lines) if changed else ""
 
 
+ESTIMATORS = {"sample": "E8", "step": "E7"}
+
+
+def dials(rows: list[dict]) -> str:
+    """How far a beta of 1 moves the target, and what beta moves it by a tenth of eps."""
+    lines = [[row["reward"], ESTIMATORS[row["name"]], *(f"{value:.2g}" for value in row["target"].values()),
+              *(f"{0.1 / value:.1e}" for value in row["target"].values())] for row in of(rows, "dial")]
+    matchings = ("score", "kl", "eps")
+    return table("the target beta w g / k in units of eps (root mean square, levels weighed as the loss does)",
+                 ["reward", "g", *(f"{name}: per unit of beta" for name in matchings),
+                  *(f"{name}: beta for 10%" for name in matchings)], lines)
+
+
 def small_betas(rows: list[dict], reward: str) -> str:
     """Where training with a small beta ends, and what the exact tilt gains with the same beta."""
     lines = []
@@ -428,7 +441,7 @@ def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
     made = (make(rows, reward) for make in (comparison, at_equal_gain, sweep, ablations, small_betas)
             for reward in rewards)
-    return optima(rows, rewards) + "".join(made)
+    return optima(rows, rewards) + dials(rows) + "".join(made)
 
 
 # ---- The plot -----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_quick_run_appends_complete_rows(tmp_path):
         assert row["cmd"].startswith("python experiments/bench.py --device cpu") and row["cmd"].endswith("matching")
     assert {row["backend"] for row in timed if row["op"] == "rasterize"} == {"torch", "torch, picture"}
     sweep, = (row for row in rows if row["op"] == "sweep")
-    assert sweep["variant"] == "tile 8, 1 warps" and sweep["forward+backward"] > 0
+    assert sweep["variant"] == "8 x 8, 1 warp" and sweep["forward+backward"] > 0
     assert "---- cost" not in done.stdout and "goals, forward + backward:" in done.stdout
     assert "tiny" in done.stdout  # the table
 
@@ -132,9 +132,10 @@ def test_wrong_results_are_not_timed(tmp_path, monkeypatch):
 
 
 def test_a_variant_is_another_module():
-    module = bench.variant("tile 16, 4 warps")
-    assert module.COMPOSITE["TILE"] == 16 and module.COMPOSITE["num_warps"] == 4 and module.GPU_TILE == 16
-    assert bench.splat.GPU_TILE == 8 and len(bench.VARIANTS) == 19
+    module = bench.variant("16 x 8, 4 warps")
+    sides, program = module._tiling(4, 256, 256)
+    assert sides == {"TILE_X": 16, "TILE_Y": 8} and program["WARPS"] == program["num_warps"] == 4
+    assert bench.splat._tiling(4, 256, 256)[0] == {"TILE_X": 8, "TILE_Y": 8} and len(bench.VARIANTS) == 20
     assert bench.variant("lanes 256, 8 warps").LANES["BLOCK"] == 256
 
 

@@ -1,10 +1,11 @@
 """What only a GPU can show of kernels/: sizes as in training, streams, devices, atomics, graphs, stale memory.
 
-tests/test_splat_triton.py, test_splat_hard.py and test_matching.py hold their scenes on a GPU to the same
-float64 formulas as on a CPU; nothing of that is repeated here.
+tests/test_rasterize_triton.py and test_matching.py hold their scenes on a GPU to the same float64 formulas as on a
+CPU; nothing of that is repeated here.
 """
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "experiments")]
 
-from test_matching import make_case  # noqa: E402
-from test_splat import scene, weights_like  # noqa: E402
-from test_splat_hard import differentiate  # noqa: E402
-
 import bench  # noqa: E402
+from rasterize_checks import differentiate, same_bits, scene, weights_like, worst  # noqa: E402
+from test_matching import make_case  # noqa: E402
 
 from kernels import gradient_matching, rasterize  # noqa: E402
 
@@ -33,16 +32,12 @@ def inputs():
     return [x.float().cuda() for x in scene(B=2, V=3, N=60)]
 
 
-def same(a, b):
-    return all(map(torch.equal, [*a[0], *a[1]], [*b[0], *b[1]]))
-
-
 def test_stale_memory_is_not_read(inputs):
     """What torch.empty hands out holds NaN."""
     want = differentiate(inputs, 33, 40, deterministic=True)
     stale = [torch.full((2**size,), math.nan, device="cuda") for size in range(8, 29)]
     del stale
-    assert same(differentiate(inputs, 33, 40, deterministic=True), want)
+    assert same_bits(differentiate(inputs, 33, 40, deterministic=True), want)
     arguments, incoming = make_case("awkward", "float32", "cfg", "cuda")
     assert all(x.isfinite().all() for x in gradient_matching(*arguments))
 
@@ -50,10 +45,10 @@ def test_stale_memory_is_not_read(inputs):
 def test_strided_and_expanded(inputs):
     want = differentiate(inputs, 33, 40, deterministic=True)
     strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
-    assert not strided[0].is_contiguous() and same(differentiate(strided, 33, 40, deterministic=True), want)
+    assert not strided[0].is_contiguous() and same_bits(differentiate(strided, 33, 40, deterministic=True), want)
     one = [x[:1].expand(2, *x.shape[1:]) for x in inputs]
     copied = [x.contiguous() for x in one]
-    assert same(differentiate(one, 33, 40, deterministic=True), differentiate(copied, 33, 40, deterministic=True))
+    assert same_bits(differentiate(one, 33, 40, deterministic=True), differentiate(copied, 33, 40, deterministic=True))
 
 
 def test_on_a_side_stream(inputs):
@@ -63,14 +58,14 @@ def test_on_a_side_stream(inputs):
     with torch.cuda.stream(stream):
         got = differentiate(inputs, 64, 64, deterministic=True)
     torch.cuda.current_stream().wait_stream(stream)
-    assert same(got, want)
+    assert same_bits(got, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_on_a_second_device(inputs):
     want = differentiate(inputs, 33, 40, deterministic=True)
     got = differentiate([x.to("cuda:1") for x in inputs], 33, 40, deterministic=True)
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True))
+    assert same_bits(*[[[x.cpu() for x in part] for part in result] for result in (got, want)])
     arguments, _ = make_case("round", "float32", "cfg", "cuda:1")
     assert gradient_matching(*arguments)[0].device == torch.device("cuda:1")
 
@@ -104,19 +99,45 @@ def test_full_size(shape):
         limit = 3e-2 if name == "median_depth" else limit  # where T is about 1/2 it may be a neighbour's
         assert share(ours, exactly) < limit and share(same_bits, exactly) < limit, name
         assert share(ours, other) < 1e-4, name
-    assert same(fixed, again)
+    assert same_bits(fixed, again)
 
 
-def test_cuda_graphs(inputs):
-    """gradient_matching can be captured; rasterize says why it cannot."""
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            rasterize(*inputs, 8, 8)
-    arguments, _ = make_case("awkward", "float32", "cfg", "cuda")
-    want = gradient_matching(*arguments)
-    replay, kept = bench.captured(lambda: gradient_matching(*arguments))
-    replay()
-    assert all(map(torch.equal, kept, want))
+def replayed(call, leaves, others):
+    """The call as a CUDA graph, replayed after each of `others` was copied to the leaves: a list of its results."""
+    replay, kept = bench.captured(call)
+    results = []
+    for inputs in others:
+        with torch.no_grad():
+            for leaf, x in zip(leaves, inputs, strict=True):
+                leaf.copy_(x)
+        replay()
+        results.append([x.clone() for x in kept])
+    return results
+
+
+@pytest.mark.parametrize("capacity", [None, 0])
+def test_rasterize_is_captured_and_replayed_with_other_inputs(inputs, capacity):
+    """Forward and backward in one graph: the bits of a call, for scenes with more pairs than the captured one too."""
+    other = [x.float().cuda() for x in scene(B=2, V=3, N=60, seed=1, size=0.15)]
+    leaves = [x.clone().requires_grad_(n < 5) for n, x in enumerate(inputs)]
+    weights = [w.cuda() for w in weights_like(rasterize(*inputs, 33, 40))]
+
+    def call():
+        render = rasterize(*leaves, 33, 40, deterministic=True, capacity=capacity)
+        return *render, *torch.autograd.grad(list(render), leaves[:5], weights)
+
+    for found, scene_of in zip(replayed(call, leaves, [inputs, other]), (inputs, other), strict=True):
+        render, grads = differentiate(scene_of, 33, 40, weights=weights, deterministic=True)
+        assert all(map(torch.equal, found[:5], render))
+        assert max(map(worst, found[5:], grads)) < 1e-6  # the loss is summed up in another order
+
+
+def test_gradient_matching_is_captured_and_replayed_with_other_inputs():
+    (arguments, _), (others, _) = (make_case("awkward", "float32", "cfg", "cuda", seed) for seed in (0, 1))
+    leaves = [x.clone() if torch.is_tensor(x) else x for x in arguments]
+    tensors = [n for n, x in enumerate(arguments) if torch.is_tensor(x)]
+    found = replayed(lambda: gradient_matching(*leaves), [leaves[n] for n in tensors], [[others[n] for n in tensors]])
+    assert all(map(torch.equal, found[0], gradient_matching(*others)))
 
 
 def test_under_torch_compile(inputs):
@@ -127,18 +148,19 @@ def test_under_torch_compile(inputs):
     assert torch.equal(compiled(*inputs), rasterize(*inputs, 33, 40).image * 2)
 
 
-def test_the_host_waits_once(inputs):
-    """Everything else is queued: with warnings for each wait there is one."""
-    import warnings
-    weights = [w.cuda() for w in weights_like(rasterize(*inputs, 33, 40))]
+def test_the_host_never_waits(inputs):
+    """Everything is queued, in the first call of a shape too: with warnings for each wait there are none."""
+    rasterize(*inputs, 33, 40)  # compiles
+    incoming = [torch.randn(2, 3, channels, 35, 40, device="cuda") for channels in (3, 1, 1, 1, 3)]
+    leaves = [x.clone().requires_grad_() for x in inputs[:5]]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            leaves = [x.clone().requires_grad_() for x in inputs[:5]]
-            render = rasterize(*leaves, *inputs[5:], 33, 40)
-            torch.autograd.backward(list(render), weights)
+            for _ in range(2):
+                render = rasterize(*leaves, *inputs[5:], 35, 40)
+                torch.autograd.backward(list(render), incoming)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(w.message) for w in caught) == 1, [str(w.message) for w in caught]
+    assert not [str(w.message) for w in caught if "synchroniz" in str(w.message)]

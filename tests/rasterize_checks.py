@@ -1,32 +1,112 @@
-"""kernels.rasterize on hard inputs: not finite, empty, thin, at a threshold; and a fuzz against the dense formula.
+"""What the tests of kernels.rasterize share: the dense formula in float64, scenes, and checks that each backend must pass.
 
-Each check takes a backend. The Triton ones run in Triton's interpreter in a child process of this file
-(`python tests/test_splat_hard.py`), and on a GPU where there is one.
+tests/test_rasterize.py runs the PyTorch path, tests/test_rasterize_triton.py the kernels.
 """
-import ast
 import functools
-import importlib.util
-import json
 import math
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "experiments")]
+from kernels import Render, rasterize
 
-from test_splat import dense, scene, weights_like  # noqa: E402
-
-import bench  # noqa: E402
-
-from kernels import Render, rasterize, splat  # noqa: E402
-
+PARAMETERS = ("means", "quats", "scales", "opacities", "colors")
 NAN, INF = math.nan, math.inf
+
+
+def dense(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, W, background=(1.0, 1.0, 1.0), margins=None, dilation=0.0):
+    """Every Gaussian on every pixel, one view after another, textbook algebra: matrix inverses, no lists, no tiles.
+
+    margins: a list that gets how close, relatively, a number comes to one of the formula's thresholds.
+    """
+    results = []
+    for b in range(c2w.shape[0]):
+        for v in range(c2w.shape[1]):
+            w2c = torch.linalg.inv(c2w[b, v])
+            fx, fy, cx, cy = (fxfycxcy[b, v] * fxfycxcy.new_tensor([W, H, W, H])).unbind()
+            q0, q1, q2, q3 = quats[b].unbind(-1)
+            K = torch.stack([torch.stack([torch.zeros_like(q0), -q3, q2], -1), torch.stack([q3, torch.zeros_like(q0), -q1], -1),
+                             torch.stack([-q2, q1, torch.zeros_like(q0)], -1)], -2)
+            rotation = torch.eye(3).to(K) + 2 * q0[:, None, None] * K + 2 * K @ K  # Rodrigues' formula, any |q|
+            sigma = rotation @ torch.diag_embed(scales[b] ** 2) @ rotation.mT
+            S = w2c[:3, :3] @ sigma @ w2c[:3, :3].T
+            t = means[b] @ w2c[:3, :3].T + w2c[:3, 3]
+            order = t[:, 2].argsort(stable=True)
+            S, t, o, c = S[order], t[order], opacities[b][order], colors[b][order]
+            ok = t[:, 2] > 0.2
+            tz = torch.where(ok, t[:, 2], 1.0)
+            x, y = fx * t[:, 0] / tz + cx - 0.5, fy * t[:, 1] / tz + cy - 0.5
+            u = (t[:, 0] / tz).clamp(-1.3 * W / 2 / fx, 1.3 * W / 2 / fx)
+            v_ = (t[:, 1] / tz).clamp(-1.3 * H / 2 / fy, 1.3 * H / 2 / fy)
+            zero = torch.zeros_like(u)
+            J = torch.stack([torch.stack([fx / tz, zero, -fx * u / tz], -1), torch.stack([zero, fy / tz, -fy * v_ / tz], -1)], -2)
+            C = J @ S @ J.mT + dilation * torch.eye(2).to(J)
+            det = torch.linalg.det(C)
+            ok = ok & (det > 1e-6)
+            C = torch.where(ok[:, None, None], C, torch.eye(2).to(C))
+            ray = torch.stack([u, v_, torch.ones_like(u)], -1)
+            m = torch.linalg.solve(S, ray)
+            q = m / torch.maximum((m * ray).sum(-1), 1e-7 * m.norm(dim=-1))[:, None]
+            nl = 1 + u ** 2 + v_ ** 2
+            plane = [tz * nl.sqrt() * (q[:, 0] - u / nl) / fx, tz * nl.sqrt() * (q[:, 1] - v_ / nl) / fy]
+            normal = -m / m.norm(dim=-1, keepdim=True)
+
+            py, px = torch.meshgrid(torch.arange(H).to(x), torch.arange(W).to(x), indexing="ij")
+            d = torch.stack([x[:, None, None] - px, y[:, None, None] - py], -1)  # [N, H, W, 2]
+            power = -0.5 * torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(C), d)
+            raw = (o * (det / (det + 1e-6) + 1e-6).clamp(min=0).sqrt())[:, None, None] * power.exp()
+            raw = torch.where(ok[:, None, None] & (raw >= 1 / 255), raw, 0.0)
+            alpha = raw + (raw.clamp(max=0.99) - raw).detach()  # the clamp lets the gradient through
+            after = (1 - alpha).cumprod(0)
+            before = torch.cat([torch.ones_like(after[:1]), after[:-1]])
+            w = torch.where(after >= 1e-4, alpha * before, 0.0)
+            along = t.norm(dim=-1)[:, None, None] + plane[0][:, None, None] * d[..., 0] + plane[1][:, None, None] * d[..., 1]
+            ln = (((px + 0.5 - cx) / fx) ** 2 + ((py + 0.5 - cy) / fy) ** 2 + 1).sqrt()
+            total = w.sum(0)
+            image = torch.einsum("nhw,nc->chw", w, c) + (1 - total) * torch.tensor(background).to(w)[:, None, None]
+            depth = torch.where(total > 0, (w * along).sum(0) / total.clamp(min=1e-12) / ln, 0.0)
+            summed = torch.einsum("nhw,nc->chw", w, normal)
+            near = (w > 0) & (before > 0.5)
+            last = torch.where(near, torch.arange(1, len(w) + 1)[:, None, None], 0).amax(0)
+            chosen = along.gather(0, (last - 1).clamp(min=0)[None])[0]
+            median = torch.where(last > 0, chosen / ln, 0.0)
+            if margins is not None:
+                for number, limit, where in ((t[:, 2], 0.2, o > 0), (det, 1e-6, t[:, 2] > 0.2),
+                                             (o[:, None, None] * power.exp(), 1 / 255, ok), (after, 1e-4, alpha > 0),
+                                             (before, 0.5, alpha > 0)):
+                    near = (number / limit - 1).abs()[where]
+                    margins.append(near.min().item() if near.numel() else 1.0)
+            results.append((image, total[None], depth[None], median[None],
+                            summed / summed.norm(dim=0, keepdim=True).clamp(min=1e-12)))
+    shape = c2w.shape[:2]
+    return Render(*(torch.stack(tensors).unflatten(0, shape) for tensors in zip(*results, strict=True)))
+
+
+def cameras(B, V, generator):
+    """Random cameras around the origin, looking at it, with slightly different focal lengths."""
+    position = torch.nn.functional.normalize(torch.randn(B, V, 3, generator=generator).double(), dim=-1) * 1.4
+    forward = -position / 1.4
+    right = torch.nn.functional.normalize(torch.linalg.cross(forward, torch.tensor([0.0, 1.0, 0.1]).to(forward).expand_as(forward)), dim=-1)
+    c2w = torch.eye(4, dtype=torch.float64).repeat(B, V, 1, 1)
+    c2w[..., :3, :] = torch.stack([right, torch.linalg.cross(forward, right), forward, position], -1)
+    return c2w, torch.tensor([1.4, 1.3, 0.5, 0.48]).expand(B, V, 4) * (1 + 0.05 * torch.rand(B, V, 1, generator=generator))
+
+
+def scene(B=1, V=1, N=60, seed=0, size=0.06, flat=1.0, spread=0.3):
+    """Random Gaussians: means, quats (not quite of unit length), scales, opacities, colors, c2w, fxfycxcy; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    means = spread * torch.randn(B, N, 3, generator=generator)
+    quats = torch.nn.functional.normalize(torch.randn(B, N, 4, generator=generator), dim=-1) * 1.03
+    scales = size * (0.3 + torch.rand(B, N, 3, generator=generator)) * torch.tensor([1.0, 1.0, flat])
+    opacities = 0.05 + 0.94 * torch.rand(B, N, generator=generator)
+    colors = torch.rand(B, N, 3, generator=generator)
+    return [tensor.double() for tensor in (means, quats, scales, opacities, colors, *cameras(B, V, generator))]
+
+
+def weights_like(render, seed=0):
+    """Random weights of each output in a loss."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tensor.shape, generator=generator) for tensor in render]
 
 
 def differentiate(inputs, H, W, fields=Render._fields, weights=None, **options):
@@ -36,6 +116,50 @@ def differentiate(inputs, H, W, fields=Render._fields, weights=None, **options):
     weights = dict(zip(Render._fields, weights or weights_like(render), strict=True))
     loss = sum((getattr(render, name) * weights[name].to(render.image)).sum() for name in fields)
     return render, torch.autograd.grad(loss, leaves[:5])
+
+
+def worst(actual, expected, least=1e-6):
+    """The largest error as a share of the largest value."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
+
+
+def same_bits(a, b):
+    """Two results of differentiate: the same bits everywhere?"""
+    return all(map(torch.equal, [*a[0], *a[1]], [*b[0], *b[1]]))
+
+
+def errors(inputs, H, W, *, dtype=torch.float32, change=lambda render: render, dilation=0.0, **options):
+    """Largest relative errors of rasterize: {output or parameter: |error| / largest value}, and the dense outputs."""
+    reference = [tensor.detach().clone().requires_grad_(n < 5) for n, tensor in enumerate(inputs)]
+    ours = [tensor.detach().to(dtype, copy=True).requires_grad_(n < 5) for n, tensor in enumerate(inputs)]
+    want = dense(*reference, H, W, dilation=dilation)
+    got = change(rasterize(*ours, H, W, dilation=dilation, **options))
+    weights = weights_like(want)
+    sum((a * w.double()).sum() for a, w in zip(want, weights)).backward()
+    loss = sum((a * w.to(dtype)).sum() for a, w in zip(got, weights))
+    if loss.requires_grad:
+        loss.backward()
+    pairs = {name: (getattr(got, name), getattr(want, name)) for name in Render._fields}
+    pairs |= {f"grad {name}": (a.grad if a.grad is not None else torch.zeros_like(a), b.grad)
+              for name, a, b in zip(PARAMETERS, ours, reference)}
+    return {name: worst(a, b) for name, (a, b) in pairs.items()}, want
+
+
+def assert_close(found, outputs=1e-5, gradients=1e-4):
+    for name, error in found.items():
+        assert error < (gradients if name.startswith("grad") else outputs), f"{name}: {error:.1e} of {found}"
+
+
+SCENES = {
+    "many": (dict(B=2, V=3, N=150), 40, 33),
+    "image smaller than a tile": (dict(B=1, V=2, N=30), 5, 3),
+    "one pixel": (dict(B=1, V=1, N=30, spread=0.05, size=0.7), 1, 1),
+    "one Gaussian": (dict(N=1, spread=0.02), 24, 24),
+    "larger than the image": (dict(N=12, size=1.0), 20, 28),
+    "flat": (dict(N=80, V=2, flat=1e-3), 32, 32),
+    "opaque stack": (dict(N=400, spread=0.08, size=0.2), 24, 24),
+}
 
 
 # The interpreter takes 20 ms for a pair of a Gaussian and a tile.
@@ -163,14 +287,13 @@ def thin(backend, device="cpu"):
         for fields in (("depth", "median_depth", "normal"), ("image", "alpha")):
             exact = differentiate([x.double() for x in inputs], 8, 8, fields, backend="torch")[1]
             ours = differentiate(inputs, 8, 8, fields, backend=backend)[1]
-            found[f"{flat} {fields[0]}"] = [
-                ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[:3], exact[:3], strict=True)]
+            found[f"{flat} {fields[0]}"] = [worst(a, b, 0) for a, b in zip(ours[:3], exact[:3], strict=True)]
     inputs = small(device, B=1, N=8, V=1 if SLOW else 2, size=0.3, seed=3)
     inputs[2][..., 1:] *= 0.003
     inputs[3][:] = 0.9
     exact = differentiate([x.double() for x in inputs], 12, 12, backend="torch")[1]
     ours = differentiate(inputs, 12, 12, backend=backend)[1]
-    found["needles"] = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[:3], exact[:3], strict=True)]
+    found["needles"] = [worst(a, b, 0) for a, b in zip(ours[:3], exact[:3], strict=True)]
     return found
 
 
@@ -228,7 +351,7 @@ def fuzz(seed, dtype, backend, **size):
     want_grads = torch.autograd.grad(sum((a * w).sum() for a, w in zip(want, weights, strict=True)), leaves[:5],
                                      materialize_grads=True)
     got, grads = differentiate(ours, H, W, weights=weights, backend=backend, dilation=dilation)
-    off = lambda a, b: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()  # noqa: E731
+    off = functools.partial(worst, least=1e-3)
     assert not any(x[dead].any() for x in grads), seed
     assert all(x.isfinite().all() for x in (*got, *grads)), seed
     return (max(map(off, got, want)), max(map(off, grads, want_grads)), min(margins, default=1.0))
@@ -244,234 +367,46 @@ def fuzzed(count, dtype, backend, **size):
             "median": [outputs[half], gradients[half]]}
 
 
-# ---- tests -------------------------------------------------------------------------------------------------
-
-CHECKS = {check.__name__: check for check in (not_finite, blind_cameras, empty, twice, thin, threshold)}
+# ---- what must have been found: each check beside its assertion --------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    if splat.triton is None:
-        pytest.skip("triton is not installed")
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def is_dropped(found):
+    assert found == {"pictures": True, "gradients": True, "dead": 0.0}
 
 
-@pytest.fixture(params=["torch", "triton, interpreted", "triton"])
-def found(request):
-    """A function that gives a check's findings with each backend."""
-    if request.param == "torch":
-        return lambda name: CHECKS[name]("torch")
-    if request.param == "triton":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        return lambda name: CHECKS[name]("triton", "cuda")
-    return request.getfixturevalue("interpreted").__getitem__
+def sees_nothing(found):
+    assert len(found) > 1 and all(found.values()), found
 
 
-def test_what_is_not_finite_is_dropped(found):
-    assert found("not_finite") == {"pictures": True, "gradients": True, "dead": 0.0}
+def gives_zeros(found):
+    assert len(found) >= 10 and all(found.values()), found
 
 
-def test_a_camera_that_is_not_finite_sees_nothing(found):
-    cameras = found("blind_cameras")
-    assert len(cameras) > 1 and all(cameras.values()), cameras
-
-
-def test_nothing_to_be_seen(found):
-    cases = found("empty")
-    assert len(cases) >= 10 and all(cases.values()), cases
-
-
-def test_second_derivatives_raise(found):
-    cases = found("twice")
-    assert len(cases) == 12
-    for name, value in cases.items():
+def raises(found):
+    assert len(found) == 12
+    for name, value in found.items():
         assert value is True if " " not in name else "cannot be differentiated again" in value, (name, value)
 
 
-def test_gradients_of_flat_gaussians_and_needles(found):
+def is_near(found):
     """Measured worst: means 5.1e-5, quats 8.2e-5, scales 2.8e-6, of needles 7.7e-5. With moments of dx, dy, and a
     gradient of the thinnest scale's own, it was 1.6e-4, 6.9e-3 and 8.3, and of the needles' scales 1.1e-3.
     """
-    errors = found("thin")
-    print(errors)
-    for name, (means, quats, scales) in errors.items():
-        worst = 3e-4 if name == "needles" else 1e-5
-        assert means < 5e-4 and quats < 5e-4 and scales < worst, (name, means, quats, scales)
+    for name, (means, quats, scales) in found.items():
+        most = 3e-4 if name == "needles" else 1e-5
+        assert means < 5e-4 and quats < 5e-4 and scales < most, (name, means, quats, scales)
 
 
-def test_an_opacity_of_1_255_is_seen(found):
-    at, below = found("threshold")
-    assert at == pytest.approx(1 / 255, rel=1e-5) and below == 0
+def is_seen_at_the_threshold(found):
+    at, below = found
+    assert abs(at * 255 - 1) < 1e-5 and below == 0
 
 
-def test_fuzz_float64():
-    found = fuzzed(300, torch.float64, "torch")
-    print(found)
-    assert found["clear"] > 290 and found["outputs"] < 1e-8 and found["gradients"] < 1e-6, found
-    assert max(found["median"]) < 1e-12, found
-
-
-def test_fuzz_float32():
-    found = fuzzed(120, torch.float32, "torch")
-    print(found)
-    assert found["clear"] > 60 and found["outputs"] < 1e-3 and found["gradients"] < 1e-2, found
-    assert max(found["median"]) < 1e-5, found
-
-
-def test_fuzz_triton(interpreted):
-    found = interpreted["fuzz"]
-    print(found)
-    assert found["clear"] > 20 and found["outputs"] < 1e-3 and found["gradients"] < 1e-2, found
-    assert max(found["median"]) < 1e-5, found
-
-
-def test_tile_keys_of_16_bits(interpreted):
-    """65,536 tiles are numbered with 16 bits, one more with 32; the lists are the same."""
-    assert interpreted["keys"] == {"65536": ["torch.int16", True], "65537": ["torch.int32", True]}
-
-
-def test_other_tiles_and_warps_compute_the_same(interpreted):
-    found = interpreted["variants"]
-    assert len(found) == 3 and max(found.values()) < 1e-5, found
-
-
-def test_autocast_changes_nothing():
-    inputs = small()
-    want, want_grads = differentiate(inputs, 9, 10)
-    leaves = [x.clone().requires_grad_() for x in inputs[:5]]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = rasterize(*leaves, *inputs[5:], 9, 10)
-    grads = torch.autograd.grad(sum((a * w).sum() for a, w in zip(got, weights_like(got), strict=True)), leaves)
-    for a, b in zip((*got, *grads), (*want, *want_grads), strict=True):
-        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
-
-
-def test_under_torch_compile():
-    inputs = small()
-    want, want_grads = differentiate(inputs, 9, 10)
-
-    @functools.partial(torch.compile, backend="eager")
-    def compiled(*inputs):
-        return [2 * x for x in rasterize(*inputs, 9, 10)]
-
-    leaves = [x.clone().requires_grad_() for x in inputs[:5]]
-    got = compiled(*leaves, *inputs[5:])
-    assert all(torch.equal(a, 2 * b) for a, b in zip(got, want, strict=True))
-    loss = sum((a * w).sum() for a, w in zip(got, weights_like(want), strict=True))
-    for a, b in zip(torch.autograd.grad(loss, leaves), want_grads, strict=True):
-        assert torch.allclose(a, 2 * b, rtol=1e-5, atol=1e-5 * b.abs().max())
-
-
-def test_render_says_what_is_not_finite(capsys):
-    import r2d3
-    from support import say_once
-    say_once.cache_clear()                                      # another test may have made it say so already
-    means, quats, scales, opacities, colors, c2w, fxfycxcy = small()
-    gaussians = r2d3.Gaussians(means, scales, quats, opacities, colors)
-    want = r2d3.render(gaussians, c2w, fxfycxcy, 8)
-    assert capsys.readouterr().err == ""
-    broken = gaussians._replace(means=gaussians.means.index_fill(1, torch.tensor([0]), NAN))
-    for _ in range(2):
-        got = r2d3.render(broken, c2w, fxfycxcy, 8)
-    assert got.image.isfinite().all() and not torch.equal(got.image, want.image)
-    assert capsys.readouterr().err.count("that are not finite") == 1
-
-
-@pytest.mark.parametrize("options, message", [
-    (dict(dilation="0.3"), "dilation: wanted a number of at least 0"),
-    (dict(height=16.0), "height, width: wanted whole numbers, got 16.0 x 8"),
-    (dict(width="8"), "height, width: wanted whole numbers, got 8 x '8'"),
-    (dict(width=0), "at least 1 x 1, got 8 x 0"),
-    (dict(background=None), "background: wanted three numbers or a tensor .* got None"),
-    (dict(background="red"), "background: wanted three numbers .* got 'red'"),
-    (dict(background=(1, 1)), "background: wanted three numbers"),
-    (dict(background=1.0), "background: wanted three numbers"),
-    (dict(background=torch.ones(2)), "background: wanted a tensor of shape"),
-    (dict(backend="cuda"), "backend: wanted 'torch'"),
-], ids=str)
-def test_bad_arguments_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        rasterize(*small(), **{"height": 8, "width": 8, **options})
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
-@pytest.mark.parametrize("backend", ["torch", "triton", None])
-def test_other_dtypes_are_refused(dtype, backend):
-    with pytest.raises(ValueError, match="means: wanted float32 .*call .float"):
-        rasterize(*[x.to(dtype) for x in small()], 8, 8, backend=backend)
-
-
-def test_sizes_and_backgrounds_that_are_fine():
-    import numpy as np
-    inputs = small()
-    want = rasterize(*inputs, 8, 9, (0, 0.5, 1))
-    for size, background in (((np.int64(8), torch.tensor(9)), np.array([0, 0.5, 1])),
-                             ((8, 9), torch.tensor([0, 0.5, 1], dtype=torch.float64))):
-        assert torch.equal(rasterize(*inputs, *size, background).image, want.image)
-
-
-@pytest.mark.parametrize("name", ["splat", "matching"])
-def test_a_file_can_be_lifted_on_its_own(name, tmp_path):
-    """Copied alone into an empty folder it is imported: torch and triton are all it needs."""
-    source = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
-    (tmp_path / "lifted.py").write_text(source, encoding="utf-8")
-    imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
-    assert {top.split(".")[0] for top in imported} - set(sys.stdlib_module_names) == {"torch", "triton"}
-    spec = importlib.util.spec_from_file_location("lifted", tmp_path / "lifted.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def variants():
-    """How far other tiles and warps, which experiments/bench.py sweeps over, are from the ones in use."""
-    inputs, found = small(B=1, V=1), {}
-    want = [*rasterize(*inputs, 17, 9, backend="triton"), *differentiate(inputs, 17, 9, backend="triton")[1]]
-    for name in ("tile 8, 2 warps", "tile 16, 1 warps", "tile 16, 4 warps"):
-        module = bench.variant(name)
-        leaves = [x.clone().requires_grad_(n < 5) for n, x in enumerate(inputs)]
-        got = module.rasterize(*leaves, 17, 9, backend="triton")
-        loss = sum((a * w).sum() for a, w in zip(got, weights_like(got), strict=True))
-        got = [*got, *torch.autograd.grad(loss, leaves[:5])]
-        found[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
-    return found
-
-
-def keys():
-    """Lists of pairs in 65,536 and 65,537 tiles, made by the kernels: the keys' type, and whether they are right."""
-    found = {}
-    for tiles in (65536, 65537):
-        tiles_x, rows, generator = 64, 40, torch.Generator().manual_seed(0)
-        box = torch.stack([torch.randint(tiles - 2 * tiles_x, (rows,), generator=generator),
-                           torch.full((rows,), 2), torch.randint(1, 5, (rows,), generator=generator)], 1).int()
-        box[7] = torch.tensor([tiles - 2, 2, 2])  # up to the last tile
-        order = torch.randperm(rows, generator=generator)
-        wanted = {}
-        for rank, row in enumerate(order.tolist()):
-            first, wide, count = box[row].tolist()
-            for place in range(count):
-                wanted.setdefault(first + place // wide * tiles_x + place % wide, []).append(rank)
-        seen, sort = [], torch.Tensor.sort
-        torch.Tensor.sort = lambda x, **options: (seen.append(x.dtype), sort(x, **options))[1]  # noqa: B023
-        row, _, start, _ = splat._tile_lists_triton(order, box, int(box[:, 2].sum()), tiles_x, tiles)
-        torch.Tensor.sort = sort
-        start = start.tolist()
-        got = {t: row[start[t]:start[t + 1]].tolist() for t in range(tiles) if start[t] < start[t + 1]}
-        found[tiles] = str(seen[-1]), got == wanted and tiles - 1 in got
-    return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = {}
-    for name, check in CHECKS.items():
-        begun = time.perf_counter()
-        results[name] = check("triton")
-        print(name, time.perf_counter() - begun)
-    results["fuzz"] = fuzzed(40, torch.float32, "triton", most=5, side=9)
-    results["keys"] = keys()
-    results["variants"] = variants()
-    print(json.dumps(results))
+CHECKS = {
+    "what is not finite is dropped": (not_finite, is_dropped),
+    "a camera that is not finite sees nothing": (blind_cameras, sees_nothing),
+    "nothing to be seen gives zeros": (empty, gives_zeros),
+    "second derivatives raise": (twice, raises),
+    "gradients of flat Gaussians and needles are near": (thin, is_near),
+    "an opacity of 1/255 is seen": (threshold, is_seen_at_the_threshold),
+}
