@@ -20,6 +20,7 @@ from test_method import (  # noqa: F401
     randn,
 )
 
+import common
 import r2d3
 from r2d3 import NoiseSchedule, Transitions, seeded
 
@@ -105,7 +106,7 @@ def test_ddpo_in_closed_form(flat, i):  # noqa: F811
     advantage = torch.tensor([1.5, -0.5, 2.0, -1.0]).double()
     batch = batch._replace(i=torch.full((4,), i), advantage=advantage)
     with torch.no_grad():
-        old = r2d3.predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, CONFIG.guidance)
+        old = common.predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, CONFIG.guidance)
     values, judged = r2d3.ddpo_step(make_job(base, None, schedule, null, CONFIG), batch._replace(eps_old=old))
     loss = values["loss"]
     assert judged == 0 and close(loss, -advantage)                              # the ratio is 1
@@ -122,7 +123,7 @@ def test_ddpo_is_clipped(monkeypatch, side, sign, moves):
     batch, null = make_batch(base, schedule)
     batch = batch._replace(i=torch.full((4,), 12), advantage=torch.full((4,), float(sign)).double())
     with torch.no_grad():
-        eps = r2d3.predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, CONFIG.guidance)
+        eps = common.predict_guided(base, batch.x_t, schedule.t(batch.i), batch.cond, null, CONFIG.guidance)
         c_x, c_0, std = schedule.step(12)
         ideal = (batch.x_t - schedule.alpha[12] / c_0 * (batch.x_s - c_x * batch.x_t)) / schedule.sigma[12]
         assert close(schedule.transition(batch.x_t, ideal, batch.i)[0], batch.x_s)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
+import common
 import r2d3  # noqa: E402
 from support import published, scorers  # noqa: E402
 from r2d3 import Cond, Config, NoiseSchedule, seeded  # noqa: E402
@@ -207,7 +208,7 @@ def test_a_trajectory_is_the_recorded_one(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: next(noises))
     cond = Cond(d["prompt_embeds"], d["prompt_mask"].bool())
     null = Cond(d["negative_prompt_embeds"], d["negative_mask"].bool())
-    got = r2d3.rollout(base, NoiseSchedule.from_diffusers("dpm", 20), cond, null, 5.0, [seeded(0)])
+    got = common.rollout(base, NoiseSchedule.from_diffusers("dpm", 20), cond, null, 5.0, [seeded(0)])
     want = d["latents"].unflatten(2, (4, 4))
     eps = got.eps
     for step in range(20):

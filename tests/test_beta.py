@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 
+import common
 import r2d3  # noqa: E402
 
 STEPS = 20
@@ -64,7 +65,7 @@ def gradient(schedule: r2d3.NoiseSchedule, eps: Callable, x_s: Tensor, s: int, e
     rows = torch.full((len(x_s),), s)
     u = torch.ones_like(x_s)
     value = {"step": lambda x0: x0[:, 0], "sample": lambda x0: (x0 * u).sum(1)}[estimator]
-    return r2d3.reward_gradient(lambda x, t: eps(x, s), value, schedule, x_s, rows)[0]
+    return r2d3.reward_gradient(lambda x, t: (None, eps(x, s)), value, schedule, x_s, rows)
 
 
 def fixed_point(schedule: r2d3.NoiseSchedule, eps: Callable, beta: float, estimator: str,
@@ -163,7 +164,7 @@ def test_a_small_network_gets_there(grid, estimator, matching):
         u = torch.ones(B, 1, dtype=torch.float64)
         value = {"step": lambda x0: x0[:, 0], "sample": lambda x0: (x0 * u).sum(1)}[estimator]
         x_t, x_s = x[torch.arange(B), i], x[torch.arange(B), i + 1]
-        g, _ = r2d3.reward_gradient(lambda x, t: eps(x, at(t)), value, schedule, x_s, i + 1)
+        g = r2d3.reward_gradient(lambda x, t: (None, eps(x, at(t))), value, schedule, x_s, i + 1)
         match, _ = r2d3.nabla_loss(lambda x, t: (None, eps(x, at(t))), lambda x, t: (None, eps_ref(x, at(t))), schedule,
                                    x_t, i, torch.zeros_like(g), g, beta=beta, matching=matching, time_weight="none")
         optimizer.zero_grad()
@@ -185,7 +186,7 @@ def test_beta_in_standard_deviations_of_the_reward(tmp_path, capsys):
     reward = r2d3.load_reward("aesthetic", base, "cpu")
     features, schedule = r2d3.metrics.load_features(base.tower, "cpu"), base.schedule("dpm", 4)
     settings = r2d3.dataclasses.replace(full, samples_per_prompt=8, guidance=base.guidance)
-    measured = r2d3.measure(base, reward, features, schedule, ["a red cube"], settings, 0, "")
+    measured = common.measure(base, reward, features, schedule, ["a red cube"], settings, 0, "")
     assert summary["beta"] == pytest.approx(2 / measured.reward.std().item(), rel=1e-4)
     assert f"beta is {summary['beta']:.4g}" in capsys.readouterr().out
     again = r2d3.train(r2d3.dataclasses.replace(config, epochs=2, resume=True))

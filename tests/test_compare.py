@@ -13,6 +13,7 @@ import compare  # noqa: E402
 import make_shapes  # noqa: E402
 import tables  # noqa: E402
 
+import common
 import r2d3  # noqa: E402
 from support import load_weights  # noqa: E402
 
@@ -160,11 +161,11 @@ def test_the_divergence_is_that_of_the_steps(world):
         cond = world.base.encode(named)
         generators = [r2d3.seeded("kl", n) for n in range(len(named))]
         with torch.no_grad():
-            trajectory = r2d3.rollout(world.base, schedule, cond, job.null, world.config.guidance, generators)
+            trajectory = common.rollout(world.base, schedule, cond, job.null, world.config.guidance, generators)
             for i in range(len(schedule)):
                 x = trajectory.x[:, i]
                 with world.base.net.disable_adapter():
-                    ref = r2d3.predict_guided(world.base, x, schedule.t(i).expand(len(x)), cond, job.null, world.config.guidance)
+                    ref = common.predict_guided(world.base, x, schedule.t(i).expand(len(x)), cond, job.null, world.config.guidance)
                 far = (trajectory.eps[:, i] - ref).square().flatten(1).sum(1).mean()
                 expected.append(((schedule.k(i) * schedule.step(i)[2]) ** 2 * far / 2).item())
         assert min(expected) > 0 and steps == pytest.approx(expected, rel=1e-3)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 
+import common
 import r2d3  # noqa: E402
 from r2d3 import Cond, NoiseSchedule, UserError, seeded  # noqa: E402
 from support import published, scorers  # noqa: E402
@@ -208,7 +209,7 @@ def test_a_vp_base_as_a_flow_samples_the_same_objects(vp, sampler):
         for i in range(20):
             noise = torch.randn(x.shape, generator=seeded(1, i))
             for base, schedule, path in zip((vp, AsFlow(vp)), schedules, paths):
-                guided = r2d3.predict_guided(base, path[-1], schedule.t(i).expand(2), cond, null, vp.guidance)
+                guided = common.predict_guided(base, path[-1], schedule.t(i).expand(2), cond, null, vp.guidance)
                 mean, std = schedule.transition(path[-1], guided, i)
                 path.append(mean + std * noise)
             assert close(paths[1][-1] * scale[i + 1], paths[0][-1], 1e-5), i
@@ -243,7 +244,7 @@ def test_a_vp_base_as_a_flow_is_trained_the_same(vp, matching):
         own = base.schedule("dpm", 20)
 
         def halves(x, t, base=base):
-            return r2d3.predict_both(base, x, t, cond, null, 3.0)
+            return common.predict_both(base, x, t, cond, null, 3.0)
 
         def reference(x, t, halves=halves):
             with vp.net.disable_adapter():
@@ -375,7 +376,7 @@ def test_a_trajectory_is_the_recorded_one(monkeypatch):
     cond = Cond(d["prompt_embeds"], None, d["pooled"])
     null = Cond(d["negative_prompt_embeds"], None, d["negative_pooled"])
     schedule = base.schedule("euler", 8)
-    got = r2d3.rollout(base, schedule, cond, null, 5.0, [None])
+    got = common.rollout(base, schedule, cond, null, 5.0, [None])
     for step in range(8):
         assert close(got.x[0, step + 1], d["latents"][step + 1], 1e-5), step
         uncond, text = d["model_outputs"][step].split(4)

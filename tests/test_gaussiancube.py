@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 from test_bases import close, weights, write_text_encoder  # noqa: E402
 
+import common
 import r2d3  # noqa: E402
 from r2d3 import Cond, Config, GaussianCube  # noqa: E402
 from kernels import rasterize  # noqa: E402
@@ -164,7 +165,7 @@ def test_sampler_steps_are_the_recorded_ones(base, recorded):
     assert null.embeds.abs().max() == 0 and cond.embeds.abs().max() > 0 and null.embeds.shape == cond.embeds.shape
     x, errors = recorded["sde5.x_init"], []
     for i in range(5):
-        eps = r2d3.predict_guided(base, x, schedule.t(i).expand(1), cond, null, 3.5)
+        eps = common.predict_guided(base, x, schedule.t(i).expand(1), cond, null, 3.5)
         mean, std = schedule.transition(x, eps, i)
         got, x = mean + std * recorded["sde5.noise"][i:i + 1], recorded["sde5.prev"][i:i + 1]
         errors.append((got - x).abs().max().item())

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 import r2d3
 from support import cli
 
@@ -285,7 +286,7 @@ def test_an_object_is_the_same_alone_and_among_others():
     def made(*named):
         generators = [r2d3.seeded(7, prompt, number) for prompt, number in named]
         cond = base.encode([prompt for prompt, _ in named])
-        return r2d3.rollout(base, schedule, cond, null, 2.0, generators, keep=False)
+        return common.rollout(base, schedule, cond, null, 2.0, generators, keep=False)
 
     alone, among = made(("a red cube", 3)), made(("a blue cone", 0), ("a red cube", 0), ("a red cube", 3))
     assert (among[2] - alone[0]).abs().max() < 1e-4 and (among[2] - among[1]).abs().max() > 0.5

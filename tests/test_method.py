@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import common
 import r2d3
 from r2d3 import Cond, Gaussians, NoiseSchedule, Render, Transitions, seeded
 from support import metrics, published
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLERS = [(sampler, steps) for sampler in ("dpm", "ddim") for steps in (1, 2, 5, 20, 50)]
 EXACT = 1e-12  # float64; measured: at most 2e-14
 CONFIG = r2d3.resolve(r2d3.Config(recipe="paper", guidance=2.5, beta=3.0, reg_weight=0.5, views=4, view_size=20,
-                                  device="cpu"))
+                                  device="cpu", backend="torch"))
 
 
 def changed(**settings):
@@ -197,18 +198,17 @@ def make_batch(base, schedule, seed=0):
 
 
 def make_job(base, reward, schedule, null, config):
-    return r2d3.Job(base, make_judge(base, reward, config), schedule, null, config)
+    return r2d3.Job(base, reward, schedule, null, config)
 
 
 def make_judge(base, reward, config):
-    return r2d3.make_judge(base, reward, views=config.views, view_size=config.view_size, backend="torch",
-                           elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter)
+    return r2d3.Job(base, reward, None, None, config).judge
 
 
 def nabla_loss(base, schedule, batch, null, g, config):
     """r2d3's, of a base: match and reg (4,)."""
     guidance = config.guidance if config.branch == "guided" else 1.0
-    halves = partial(r2d3.predict_both, base, cond=batch.cond, null=null, guidance=guidance)
+    halves = common.halves(base, batch.cond, null, guidance)
 
     def reference(x, t):
         with base.net.disable_adapter():
@@ -220,9 +220,16 @@ def nabla_loss(base, schedule, batch, null, g, config):
 
 
 def reward_gradient(base, value, schedule, batch, null, guidance=2.5):
-    """r2d3's, of a base: g and the values (4,)."""
-    predict = partial(r2d3.predict_guided, base, cond=batch.cond, null=null, guidance=guidance)
-    return r2d3.reward_gradient(predict, value, schedule, batch.x_s, batch.i + 1)
+    """r2d3's, of a base: g, and the values (4,) that it is the gradient of."""
+    seen = []
+
+    def watched(x0):
+        seen.append(value(x0))
+        return seen[-1]
+
+    g = r2d3.reward_gradient(common.halves(base, batch.cond, null, guidance), watched, schedule, batch.x_s, batch.i + 1,
+                             guidance=guidance)
+    return g, seen[-1].detach()
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddim"])
@@ -425,7 +432,7 @@ def test_both_reward_gradients_agree_at_the_end(flat):
     batch, null = make_batch(base, schedule)
     batch = batch._replace(i=torch.full((4,), 19))
     job = make_job(base, quadratic, schedule, null, changed(micro_batch=3))
-    x0 = schedule.x0(batch.x_s, r2d3.predict_guided(base, batch.x_s, schedule.t(batch.i + 1), batch.cond, null, 2.5),
+    x0 = schedule.x0(batch.x_s, common.predict_guided(base, batch.x_s, schedule.t(batch.i + 1), batch.cond, null, 2.5),
                      batch.i + 1).detach()
     score, covered, u = r2d3.judge_samples(job, x0, batch.prompts, batch.generators, gradient=True)
     g, direct = reward_gradient(base, lambda x0: job.judge(x0, batch.prompts, batch.generators)[0], schedule, batch, null)
@@ -592,9 +599,9 @@ def test_guidance():
     base = Base()
     cond, null, x, t = base.encode(PROMPTS), base.encode([""]), randn(4, 2, 3), torch.arange(4)
     alone = base.predict(x, t, cond), base.predict(x, t, base.encode([""] * 4))
-    halves = r2d3.predict_both(base, x, t, cond, null, 2.0)
+    halves = common.predict_both(base, x, t, cond, null, 2.0)
     assert close(halves[0], alone[1]) and close(halves[1], alone[0]) and not close(halves[0], alone[0], 1e-2)
-    none, text = r2d3.predict_both(base, x, t, cond, null, 1.0)
+    none, text = common.predict_both(base, x, t, cond, null, 1.0)
     assert none is None and close(text, alone[0]) and len(base.asked[-1]) == 4  # one half, at half the cost
 
 
@@ -604,7 +611,7 @@ def test_rollout_keeps_what_the_loss_needs(guidance):
     base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 7)
     generators = lambda: [seeded(3, n) for n in range(4)]
     cond, null = base.encode(PROMPTS), base.encode([""])
-    path = r2d3.rollout(base, schedule, cond, null, guidance, generators(), progress=lambda steps: list(steps))
+    path = common.rollout(base, schedule, cond, null, guidance, generators(), progress=lambda steps: list(steps))
     assert path.x.shape == (4, 8, 2, 3) and path.eps_text.shape == (4, 7, 2, 3) and not path.x.requires_grad
     assert torch.equal(path.eps, path.eps_text) == (guidance == 1)
     used = generators()
@@ -612,16 +619,16 @@ def test_rollout_keeps_what_the_loss_needs(guidance):
     assert torch.equal(path.x[:, 0], noises[0])
     for i in range(7):
         x = path.x[:, i]
-        without, text = r2d3.predict_both(base, x, schedule.t(i).expand(4), cond, null, 2.5)
+        without, text = common.predict_both(base, x, schedule.t(i).expand(4), cond, null, 2.5)
         assert close(path.eps_text[:, i], text.detach())
         assert close(path.eps[:, i], (without + guidance * (text - without)).detach())
         eps = (without + guidance * (text - without)).detach()
         c_x, c_0, std = schedule.step(i)
         want = c_x * x + c_0 * schedule.x0(x, eps, i) + std * noises[i + 1]
         assert close(path.x[:, i + 1].double(), want.double(), 2e-7)
-    again = r2d3.rollout(base, schedule, cond, null, guidance, generators())
+    again = common.rollout(base, schedule, cond, null, guidance, generators())
     assert torch.equal(path.x, again.x)
-    alone = r2d3.rollout(base, schedule, cond[2:3], null, guidance, generators()[2:3])    # the same object by itself
+    alone = common.rollout(base, schedule, cond[2:3], null, guidance, generators()[2:3])    # the same object by itself
     assert all(close(one.double(), many[2:3].double(), 1e-6) for one, many in zip(alone, path))
 
 
@@ -649,7 +656,7 @@ def test_rollout_draws_from_the_data(sampler, steps):
             return (slope * (x - centre)).float()
 
     cond = Cond(torch.zeros(8, 1, 1), None)
-    x = r2d3.rollout(Exact(), schedule, cond, cond[:1], 1.0, [seeded(n) for n in range(8)]).x  # (8, T + 1, 1000)
+    x = common.rollout(Exact(), schedule, cond, cond[:1], 1.0, [seeded(n) for n in range(8)]).x  # (8, T + 1, 1000)
     mu, variance = torch.tensor(0.0).double(), torch.tensor(1.0).double()
     for i in range(steps):
         slope, centre = eps_of_x(i)

@@ -198,6 +198,7 @@ def test_other_tiles_and_warps_compute_the_same(hard):
 STEP = """
 import torch
 from support import shapes
+import common
 import r2d3
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
@@ -224,12 +225,12 @@ found = {}
 for backend in ("torch", "triton"):
     config = r2d3.resolve(r2d3.Config(backend=backend, views=1, view_size=17, guidance=2.0, branch="guided",
                                       estimator="step", skip_below=0.0))
-    path = r2d3.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(0)])
+    path = common.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(0)])
     old = path.eps[:, 12] + 0.01
     batch = r2d3.Transitions(torch.tensor([12]), path.x[:, 12], path.x[:, 13], old, cond, ["red cube"],
                              [r2d3.seeded(1)], None, None)
     reward = r2d3.load_reward("colorfulness=1,dnc=1", base, "cpu")
-    judge = r2d3.make_judge(base, reward, views=1, view_size=17, elevation_jitter=20.0, azimuth_jitter=60.0,
+    judge = common.make_judge(base, reward, views=1, view_size=17, elevation_jitter=20.0, azimuth_jitter=60.0,
                             backend=backend)
     logged, _ = r2d3.nabla_step(r2d3.Job(base, judge, schedule, null, config), batch)
     base.net.zero_grad()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
+import common
 import r2d3  # noqa: E402
 from support import scorers  # noqa: E402
 from r2d3 import Config, Gaussians, Render, seeded  # noqa: E402
@@ -531,12 +532,12 @@ def setting(shapes, tmp_path):
                     min_quantile=0.25, seed=3)
     job = r2d3.Job(base, judge_of(base, r2d3.load_reward("aesthetic", base, "cpu")), schedule, null, config)
     generators = [seeded("filter", prompt) for prompt in prompts]
-    x0 = r2d3.rollout(base, schedule, base.encode(prompts), null, 2.0, generators).x[:, -1]
+    x0 = common.rollout(base, schedule, base.encode(prompts), null, 2.0, generators).x[:, -1]
     return job, prompts, dict(zip(prompts, job.judge(x0, prompts, generators)[0].tolist()))
 
 
 def judge_of(base, reward):
-    return r2d3.make_judge(base, reward, views=1, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
+    return common.make_judge(base, reward, views=1, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
 
 
 def best_of(prompts, scores):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import common
 import r2d3
 from support import (
     UserError,
@@ -476,7 +477,7 @@ def test_rewards_see_pictures_between_0_and_1(base):
         seen.append(render.image)
         return render.image.mean((2, 3, 4))
 
-    judge = r2d3.make_judge(base, reward, views=2, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
+    judge = common.make_judge(base, reward, views=2, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
     judge(torch.zeros(1, *base.latent_shape), ["a red cube"], [r2d3.seeded(0)])
     assert seen[0].min() >= 0 and seen[0].max() == 1 and len(seen[0].unique()) > 100
 
@@ -806,7 +807,7 @@ def test_an_evaluation_is_the_same_for_any_number_of_processes(base, monkeypatch
     config = r2d3.resolve(dataclasses.replace(TINY, device="cpu", samples_per_prompt=2, guidance=2.0, steps=2))
     features, reward = metrics.load_features(base.tower, "cpu"), r2d3.load_reward("dnc", base, "cpu")
     schedule, prompts = base.schedule("dpm", 2), ["a red cube", "a blue cone", "a red cube", "a green cylinder"]
-    alone = r2d3.measure(base, reward, features, schedule, prompts, config, 0, "alone")
+    alone = common.measure(base, reward, features, schedule, prompts, config, 0, "alone")
     shares, meet, made = [None] * 3, threading.Barrier(3), [None] * 3
     place = threading.local()
 
@@ -819,7 +820,7 @@ def test_an_evaluation_is_the_same_for_any_number_of_processes(base, monkeypatch
 
     def process(rank):
         place.rank = rank
-        made[rank] = r2d3.measure(base, reward, features, schedule, prompts, config, 0, "shared", rank, 3)
+        made[rank] = common.measure(base, reward, features, schedule, prompts, config, 0, "shared", rank, 3)
 
     monkeypatch.setattr(processes, "gather", gather)
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
@@ -869,8 +870,8 @@ def test_a_stopped_process_ends_the_others_with_a_sentence(tmp_path):
 def test_an_evaluation_keeps_no_trajectories(base, own):
     """The samples alone own their memory; of all objects' latents only those that the report shows are kept."""
     schedule, cond, null = base.schedule("dpm", 3), base.encode(["a red cube"] * 2), base.encode([""])
-    whole = r2d3.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(n) for n in range(2)])
-    ends = r2d3.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(n) for n in range(2)], keep=False)
+    whole = common.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(n) for n in range(2)])
+    ends = common.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(n) for n in range(2)], keep=False)
     assert torch.equal(whole.x[:, -1], ends) and ends.untyped_storage().nbytes() == 4 * ends.numel()
     assert whole.x.shape[1] == 4 and whole.eps.shape == whole.eps_text.shape == whole.x[:, 1:].shape
     kept = torch.load(own[0] / "checkpoint/before.pt", weights_only=True)

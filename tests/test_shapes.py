@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 import make_shapes  # noqa: E402
 
+import common
 import r2d3  # noqa: E402
 from support import load_weights  # noqa: E402
 
@@ -75,7 +76,7 @@ def test_prediction_is_eps(base):
     """At high noise x is nearly eps itself; at every level the estimate of x0 is closer to x0 than x is."""
     schedule = base.schedule("dpm", 20)
     cond, null = base.encode(TEST[:4]), base.encode([""])
-    x0 = r2d3.rollout(base, schedule, cond, null, base.guidance, [r2d3.seeded(n) for n in range(4)]).x[:, -1]
+    x0 = common.rollout(base, schedule, cond, null, base.guidance, [r2d3.seeded(n) for n in range(4)]).x[:, -1]
     noise = torch.randn(x0.shape, generator=r2d3.seeded(1))
     for i in (0, 5, 10, 15, 19):
         x = (schedule.alpha[i] * x0 + schedule.sigma[i] * noise).float()

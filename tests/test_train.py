@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common
 import r2d3
 from support import UserError, fetching, metrics, write_atomic
 
@@ -176,7 +177,7 @@ def test_fewer_test_prompts(prompt_files, tmp_path):
 @pytest.mark.parametrize("estimator", ["step", "sample", "identity"])
 def test_the_reward_is_asked_where_it_says(prompt_files, tmp_path, monkeypatch, estimator):
     """At every trained step's estimate, or only of the finished samples, which the log needs anyway."""
-    asked, make_judge = [], r2d3.make_judge
+    asked, make_judge = [], common.make_judge
 
     def watched(*args, **more):
         judge = make_judge(*args, **more)
@@ -375,7 +376,7 @@ def test_features_of_bases_without_a_tower(monkeypatch, more):
     assert ("DreamSim" in features.title) == more and "Inception" in features.title
     reward = r2d3.load_reward("dnc", base, "cpu")
     schedule = r2d3.NoiseSchedule.from_diffusers("dpm", 3)
-    got = r2d3.measure(base, reward, features, schedule, ["a red cube", "a blue cone"], config, 0, "")
+    got = common.measure(base, reward, features, schedule, ["a red cube", "a blue cone"], config, 0, "")
     assert got.features.shape == (2, 2, 4, 5 if more else 8) and got.fid_features.shape == (2, 2, 4, 7)
     assert clip.given[0].shape == (16, 3, 20, 20) and clip.given[0].abs().max() > 1.2          # resized and normalised
     assert inception.given[0].max() <= 1.001 and (not more or dream.given[0].shape == (16, 3, 224, 224))
