@@ -118,7 +118,7 @@ STRENGTHS = {
     "hpsv2": {"E8 score": [1e5, 1e6, 1e7], "E8 kl": [1e3, 1e4, 1e5], "E8 eps": [1e2, 1e3, 1e4],
               "E7 score (the paper's)": [1e5, 1e6, 1e7], **CLIMBS},
     "normal": {"E8 eps": [3e3, 1e4, 3e4], "E8 score": [3e5, 1e6, 3e6], **CLIMBS},
-    "dnc": {"E8 eps": [1.5e3, 5e3, 1.5e4], "E8 score": [1e5, 3e5, 1e6], **CLIMBS},
+    "dnc": {"E8 eps": [1e3, 2.5e3, 5e3], "E8 score": [1e5, 3e5, 1e6], **CLIMBS},
 }
 # What theory says about the end of training (tests/test_beta.py): w = 1, the Jacobian kept, every level asked,
 # nothing that holds back; the reward from the very prompts and views that are measured. beta in deviations.
