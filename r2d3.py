@@ -139,8 +139,8 @@ class NoiseSchedule:
         """
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
         if sampler not in ("dpm", "ddim") or steps < 1:
-            raise ValueError("such a model samples with dpm or ddim, in one step or more; "
-                             f"got {sampler!r} and {steps}")
+            raise ValueError("a model that is no rectified flow samples with dpm or ddim, in one step "
+                             f"or more; got {sampler!r} and {steps}")
         if sampler == "dpm":
             scheduler = DPMSolverMultistepScheduler(
                 algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min",
@@ -991,8 +991,8 @@ def nabla_step(job: Job, batch: Transitions) -> tuple[dict[str, Tensor], int]:
                                 **weights)
     c, weight = match_weights(job.schedule, batch.i, **weights)
     g_squared = g.square().flatten(1).mean(1)
-    logged = {"loss": match + config.reg_weight * reg, "match": match, "reg": reg,
-              "reward_gradient": g_squared.sqrt(),
+    logged = {"reward_gradient": g_squared.sqrt(),
+              "loss": match + config.reg_weight * reg, "match": match, "reg": reg,
               # For `dial`: what match is for the untouched base, and its scale.
               "match_of_base": weight.to(g) ** 2 * g_squared, "c_squared": c.to(g) ** 2}
     return logged, judged

@@ -759,10 +759,10 @@ def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor,
     torch.nn.init.zeros_(net.proj_out.weight)
     torch.nn.init.zeros_(net.proj_out.bias)
     torch.nn.init.normal_(net.adaln_single.linear.weight, std=0.02)
-    base = r2d3.DiffSplat(net, vae, text.to(device), image_size=GRID, prediction_type="v_prediction",
-                          guidance=GUIDANCE, latent_mean=mean, latent_std=std, betas=BETAS, scale_range=SCALE_RANGE,
-                          depth_scale=DEPTH_SCALE, half_image_shift=False, eval_size=64,
-                          lora_targets=shapes.LORA_TARGETS, device=device)
+    settings = {"image_size": GRID, "prediction_type": "v_prediction", "guidance": GUIDANCE, "latent_mean": mean,
+                "latent_std": std, "betas": BETAS, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
+                "half_image_shift": False, "eval_size": 64, "lora_targets": shapes.LORA_TARGETS}
+    base = r2d3.DiffSplat(net, vae, text.to(device), settings, device)
     return base, torch.nn.ModuleDict({"net": net.requires_grad_(True), "text": text})
 
 

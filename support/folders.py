@@ -41,15 +41,11 @@ def evaluation_folder(tuned: str | None, out: str) -> str:
     return f"{out}-evaluation{name}"
 
 
-RENAMED = {"lam": "reg_weight", "checkpoint_net": "checkpoint"}     # settings of older runs
-
-
 def read_settings(folder: Path, config_class: type) -> dict:
-    """The settings in a run's config.json; those that are no fields (an older run's) are named in one line."""
+    """The settings in a run's config.json; those that are no fields (another version's) are named in one line."""
     path = folder / "config.json"
     try:
-        settings = {RENAMED.get(name, name): value
-                    for name, value in json.loads(path.read_text(encoding="utf-8"))["config"].items()}
+        settings = dict(**json.loads(path.read_text(encoding="utf-8"))["config"])
     except OSError:
         raise UserError(f"--run {folder}: there is no run in that folder") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -58,7 +54,7 @@ def read_settings(folder: Path, config_class: type) -> dict:
     if wrong:
         raise UserError(f"{path}: {wrong}; was it edited by hand?")
     if unknown:
-        print(f"{path} is of an older version; not read: {', '.join(unknown)}")
+        print(f"{path} is of another version; not read: {', '.join(unknown)}")
     return {name: value for name, value in settings.items() if name not in unknown}
 
 

@@ -62,13 +62,12 @@ def test_refl_in_closed_form(flat):  # noqa: F811
         assert refuses_wrong(got["A"], by_b[:, None] * x) and refuses_wrong(got["E"], letters * by_b[:, None] * x)
 
 
-@pytest.mark.parametrize("draft_steps", [1, 2, 3, 0])
+@pytest.mark.parametrize("draft_steps", [1, 2, 3])
 def test_draft_in_closed_form(flat, draft_steps):  # noqa: F811
     """A sampler step is x -> P x - q b' + std noise with P = (c_x + c_0 / alpha) I - q J and q = c_0 sigma / alpha."""
     base, schedule = Base(), NoiseSchedule.from_diffusers("dpm", 20)
     batch, null = make_batch(base, schedule)
-    K = max(1, draft_steps)                                     # 0 is DRaFT-LV: the last step, from the sample noised anew
-    first = 20 - K
+    first = 20 - draft_steps
     batch = batch._replace(i=torch.full((4,), first))
     config = changed(method="draft", draft_steps=draft_steps)
     values, judged = r2d3.draft_step(make_job(base, quadratic, schedule, null, config),
@@ -77,8 +76,6 @@ def test_draft_in_closed_form(flat, draft_steps):  # noqa: F811
     assert judged == 4
     generators, x, want_b, want_loss = [seeded(5, m) for m in range(4)], batch.x_t, torch.zeros(6).double(), []
     draw = lambda: torch.stack([torch.randn(2, 3, generator=generator) for generator in generators]).double()
-    if draft_steps == 0:
-        x = schedule.alpha[first] * batch.x_s + schedule.sigma[first] * draw()
     x, by_b = [row.flatten() for row in x], [torch.zeros(6, 6).double()] * 4
     for i in range(first, 20):
         c_x, c_0, std = schedule.step(i)
@@ -93,7 +90,7 @@ def test_draft_in_closed_form(flat, draft_steps):  # noqa: F811
         want_b -= by_b[m].T @ slope(flat, x[m])
         want_loss.append((VIEWS * (flat @ x[m]) - 0.5).square().sum(1).mean())
     assert close(loss, torch.stack(want_loss), 1e-10) and refuses_wrong(got["b"], want_b)
-    if K > 1:                                                   # the earlier steps count: without them it is another gradient
+    if draft_steps > 1:                                         # the earlier steps count: without them it is another gradient
         last_only = -sum((by_b[m] * 0 - q * torch.eye(6).double()).T @ slope(flat, x[m]) for m in range(4))
         assert not close(got["b"], last_only, 1e-3)
 
@@ -192,7 +189,7 @@ def test_steps_of_each_method(steps):
 
     late = {pick(seed, method="refl")[0] for seed in range(200)}
     assert late == set(range(steps - -(-steps // 4), steps)) and len(pick(0, method="refl")) == 1
-    assert pick(0, method="draft") == [steps - 1] and pick(0, method="draft", draft_steps=0) == [steps - 1] * 2
+    assert pick(0, method="draft") == [steps - 1]
     assert pick(0, method="draft", draft_steps=steps) == [0]
     assert pick(3, method="ddpo") == pick(3, method="nabla")
     if steps == 20:

@@ -199,7 +199,7 @@ def test_a_trajectory_is_the_recorded_one(monkeypatch):
     net.load_state_dict(weights(d))
     _, vae_config = data("gsvae")
     vae = published.build(vae_config | {"_class_name": "AutoencoderKL", "in_channels": 12, "out_channels": 12})
-    base = r2d3.DiffSplat(net, vae, None, image_size=8, prediction_type="epsilon", guidance=5.0, latent_mean=torch.tensor(0.0),
+    base = common.diffsplat(net, vae, None, image_size=8, prediction_type="epsilon", guidance=5.0, latent_mean=torch.tensor(0.0),
                           latent_std=torch.tensor(1.0), betas={}, scale_range=(0.0005, 0.02), depth_scale=1.0,
                           half_image_shift=True, eval_size=16, lora_targets=[], device="cpu")
     assert base.latent_shape == (4, 4, 4, 4)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import common
 import r2d3
 from r2d3 import Gaussians, Render, seeded
 from support import published, scorers
@@ -108,7 +109,7 @@ def test_sampled_cameras_are_the_recorded_ones(monkeypatch, name, base, half_wid
     d = data("cameras")
     azimuth, elevation = d[f"rand_{name}.uniforms"].unbind(1)
     uniforms = iter(torch.stack([azimuth, 1 - elevation], 1))
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator: next(uniforms).reshape(shape))
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, dtype: next(uniforms).reshape(shape))
     # training had its cameras around the horizon by mistake
     c2w, fxfycxcy = r2d3.sample_cameras(4, *half_widths, [seeded(n) for n in range(3)], elevation=base)
     assert close(c2w, d[f"rand_{name}.C2W"], 5e-7)
@@ -171,10 +172,10 @@ def test_base_has_the_recorded_rays():
     options = dict(image_size=256, prediction_type="epsilon", guidance=1.0, betas={},
                    latent_mean=torch.zeros(1), latent_std=torch.ones(1), scale_range=(0.1, 0.2),
                    depth_scale=1.0, eval_size=16, lora_targets=[], device="cpu")
-    base = r2d3.DiffSplat(net, vae, None, half_image_shift=True, **options)
+    base = common.diffsplat(net, vae, None, half_image_shift=True, **options)
     assert base.latent_shape == (4, 4, 32, 32)
     assert close(base.plucker, d["plucker_latent_256_to_32"], 5e-7)
-    base = r2d3.DiffSplat(net, vae, None, half_image_shift=False, **options)
+    base = common.diffsplat(net, vae, None, half_image_shift=False, **options)
     assert close(base.plucker, d["plucker_nobug_32"], 1e-5)  # 256 resized to 32: not quite those made at 32
 
 
@@ -289,7 +290,7 @@ def test_depth_normal_consistency(monkeypatch):
     depth does where the object ends; ours is over the pixels whose four neighbours are on the object too.
     """
     d = data("dnc")
-    monkeypatch.setattr(r2d3, "FXFY", FOCAL / 32)
+    monkeypatch.setattr(r2d3.scorers, "FXFY", FOCAL / 32)
     normals = r2d3.scorers.depth_to_normals(d["raw_depth"])
     assert close(normals, d["d2n"][:, 0], 5e-6)
     points = d["points"]  # their unprojected pixels: (V, 3, H, W)

@@ -735,7 +735,7 @@ def test_predictions_are_noise(kind):
 
     vae = torch.nn.Linear(1, 1)
     vae.config = SimpleNamespace(latent_channels=2, block_out_channels=[8, 8])
-    base = r2d3.DiffSplat(Oracle(1, 1), vae, None, image_size=8, prediction_type=kind, guidance=1.0, betas={},
+    base = common.diffsplat(Oracle(1, 1), vae, None, image_size=8, prediction_type=kind, guidance=1.0, betas={},
                           latent_mean=torch.zeros(2), latent_std=torch.ones(2), scale_range=(0.1, 0.2),
                           depth_scale=1.0, half_image_shift=False, eval_size=16, lora_targets=["to_q"],
                           device="cpu")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 
 import common
 import r2d3
-from support import UserError, fetching, metrics, write_atomic
+from support import UserError, fetching, metrics, report, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = r2d3.Config(epochs=2, batch_size=4, steps=6, views=2, view_size=24, samples_per_prompt=1,
@@ -139,9 +140,9 @@ def test_a_transition_has_its_own_samples_gradient(prompt_files, tmp_path, monke
         made["x0"] = x0
         return *judged(job, x0, *rest, **more)[:2], x0.clone()                      # so that u tells whose it is
 
-    def gradient(predict, *rest):
+    def gradient(predict, *rest, **more):
         asked, weights = [], [*watched[-1].parameters()]
-        result = real(lambda x, t: asked.append([w.requires_grad for w in weights]) or predict(x, t), *rest)
+        result = real(lambda x, t: asked.append([w.requires_grad for w in weights]) or predict(x, t), *rest, **more)
         assert asked and not any(map(any, asked))
         return result
 
@@ -177,13 +178,13 @@ def test_fewer_test_prompts(prompt_files, tmp_path):
 @pytest.mark.parametrize("estimator", ["step", "sample", "identity"])
 def test_the_reward_is_asked_where_it_says(prompt_files, tmp_path, monkeypatch, estimator):
     """At every trained step's estimate, or only of the finished samples, which the log needs anyway."""
-    asked, make_judge = [], common.make_judge
+    asked, judge = [], r2d3.Job.judge
 
-    def watched(*args, **more):
-        judge = make_judge(*args, **more)
-        return lambda x0, *rest: asked.append((len(x0), x0.requires_grad)) or judge(x0, *rest)
+    def watched(job, x0, *rest):
+        asked.append((len(x0), x0.requires_grad))
+        return judge(job, x0, *rest)
 
-    monkeypatch.setattr(r2d3, "make_judge", watched)
+    monkeypatch.setattr(r2d3.Job, "judge", watched)
     r2d3.train(tiny(prompt_files, tmp_path / "run", epochs=1, skip_below=0.0, estimator=estimator))
     trial = [(1, True)]                                         # before the work, see test_robust.py
     assert asked == trial + ([(4, False), (4, True), (4, True)] if estimator == "step" else [(4, True)])
@@ -268,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(prompt_files, tmp_path):
     {"reward": "aesthetic=1,dnc=0.3", "sampler": "ddim", "last_step": "stratified"},
     {"last_step": "never", "time_weight": "linear", "guidance": 1.0}, {"estimator": "identity", "matching": "v"},
     {"matching": "kl", "elevation_jitter": 0.0, "azimuth_jitter": 0.0, "lora_rank": 2},
-    {"method": "refl"}, {"method": "draft", "draft_steps": 2}, {"method": "draft", "draft_steps": 0, "guidance": 1.0},
+    {"method": "refl"}, {"method": "draft", "draft_steps": 2}, {"method": "draft", "draft_steps": 1, "guidance": 1.0},
     {"method": "ddpo", "updates_per_epoch": 4}, {"recipe": "paper", "matching": "v"},
     {"batch_size": 3, "micro_batch": 5, "steps": 3, "fraction": 1.0, "views": 3, "time_weight": "none"},
 ], ids=str)
@@ -401,7 +402,9 @@ def test_a_turntable_turns_once_around():
     from PIL import Image
     g = r2d3.Gaussians(torch.tensor([[[0.2, 0.0, 0.0]]]), torch.full((1, 1, 3), 0.05), torch.tensor([[[1.0, 0, 0, 0]]]),
                        torch.ones(1, 1), torch.zeros(1, 1, 3))
-    full = Image.open(BytesIO(r2d3.turntable.func(r2d3.Base, g, 32)))      # conftest.py shortens the others
+    job = r2d3.Job(r2d3.Base, None, None, None, common.settings())
+    made = report.turntable.func(partial(r2d3.draw, job), g, 32)            # conftest.py shortens the others
+    full = Image.open(BytesIO(made))
     assert full.n_frames == 36 and full.size == (32, 32)
     darkest = []
     for frame in range(36):
