@@ -22,8 +22,8 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True, scope="session")
 def short_turntables():
     """Four frames instead of 36, which are most of a small run's time; test_train.py makes one in full."""
-    import r2d3
-    r2d3.turntable = functools.partial(r2d3.turntable, frames=4)
+    from support import report
+    report.turntable = functools.partial(report.turntable, frames=4)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 
 import r2d3  # noqa: E402
-from support import scorers  # noqa: E402
+from support import cameras, folders, scorers  # noqa: E402
 from r2d3 import Config, Gaussians, Render, seeded  # noqa: E402
 
 PROMPTS = ["a photo of a red toy robot", "An astronaut, riding a horse; 3D render!"]  # of tests/data/hpsv2
@@ -360,12 +361,12 @@ def test_camera_frames_agree_on_a_sphere():
     """
     got, truth = sphere()
     assert (got.normal[:, :, 2][got.alpha[:, :, 0] > 0.5] < 0).all(), "they face the camera"
-    score = r2d3.scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
+    score = scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
     assert score.shape == (1, 2) and (score > 0.995).all(), score
     for axis in range(3):
         wrong = truth.clone()
         wrong[axis] *= -1
-        assert (r2d3.scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
+        assert (scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -375,7 +376,7 @@ def test_gradient_of_normal_agreement(gradient):
     alpha = torch.rand(2, 3, 1, 8, 8, generator=seeded(7))
     alpha[1, 2] = 0
     image, normal = b.clone().requires_grad_(), a.clone().requires_grad_()
-    score = r2d3.scorers.normal_agreement(torch.nn.Identity(), gradient)(render_of(image, alpha=alpha, normal=normal), [])
+    score = scorers.normal_agreement(torch.nn.Identity(), gradient)(render_of(image, alpha=alpha, normal=normal), [])
     mask = alpha[:, :, 0] > 0.5
     want = torch.tensor([[(a * b).sum(2)[n, v][mask[n, v]].mean() if mask[n, v].any() else 0.0
                           for v in range(3)] for n in range(2)])
@@ -396,14 +397,14 @@ def test_angle_mask(monkeypatch):
     seen = -(sight * ours).sum(0) > math.cos(math.radians(60))
     inside = got.alpha[0, 0, 0] > 0.5
     assert 0.5 < (inside & seen).sum() / inside.sum() < 0.9
-    exact = r2d3.scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1), angle_mask=True)(got, [""])
+    exact = scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1), angle_mask=True)(got, [""])
     cosine = (got.normal[0] * ours).sum(1)
     want = torch.stack([cosine[v][seen & (got.alpha[0, v, 0] > 0.5)].mean() for v in range(2)])
     assert close(exact[0], want, 1e-5)
-    plain = r2d3.scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1))(got, [""])
+    plain = scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1))(got, [""])
     assert (exact - plain).abs().min() > 1e-4 and (exact > plain).all(), "the rim is the worst of it"
     full = got._replace(alpha=torch.ones_like(got.alpha))       # dnc: the rendered normals decide
-    cosine = (r2d3.scorers.depth_to_normals(got.depth) * got.normal).sum(2)[0]
+    cosine = (scorers.depth_to_normals(got.depth) * got.normal).sum(2)[0]
     seen = -(sight * got.normal[0]).sum(1) > 0.5
     seen[:, [0, -1]] = seen[:, :, [0, -1]] = False              # there is no depth beyond the picture
     assert 0.2 < seen.float().mean() < 0.6
@@ -418,7 +419,9 @@ def test_angle_mask_is_the_published_one_where_that_is_right(monkeypatch):
     In the recording every pixel of the object is seen at less than 60 degrees, so its mask takes nothing away.
     """
     d = load_file(ROOT / "tests/data/angle_mask.safetensors") | load_file(ROOT / "tests/data/dnc.safetensors")
-    monkeypatch.setattr(r2d3, "FXFY", 43.95963871127396 / 32)   # it was recorded with 40 degrees
+    recorded = 43.95963871127396 / 32                          # with 40 degrees
+    monkeypatch.setattr(cameras, "FXFY", recorded)
+    monkeypatch.setattr(scorers, "FXFY", recorded)
     rays = r2d3.plucker_rays(torch.eye(4)[None, None], r2d3.intrinsics(1, 1), 32, 32)[0, 0, 3:]
     turned = d["score"].new_tensor([1, -1, 1]).view(3, 1, 1) * d["rays"].permute(2, 0, 1)
     assert (rays - turned).abs().max() < 0.6 / 43.96 and (rays + turned).abs().max() > 1
@@ -428,7 +431,7 @@ def test_angle_mask_is_the_published_one_where_that_is_right(monkeypatch):
     pictures = Render(alpha, alpha, depth, depth, normal)
     with_mask, without = (r2d3.depth_normal_consistency(pictures, [""], angle_mask=on) for on in (True, False))
     assert torch.equal(with_mask, without)
-    published = (r2d3.scorers.depth_to_normals(depth) * normal).sum(2) * (alpha > 0.5)[:, :, 0]
+    published = (scorers.depth_to_normals(depth) * normal).sum(2) * (alpha > 0.5)[:, :, 0]
     assert close(published.sum((-2, -1)) / (alpha > 0.5).sum((-3, -2, -1)), d["score"][None], 2e-6)
 
 
@@ -482,7 +485,7 @@ def test_marigold_becomes_a_reward(estimator):
     """By its name, and as `normal` of a base without an estimator: the agreement of rendered normals with its own."""
     got, _ = sphere()
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    want = r2d3.scorers.normal_agreement(estimator)(got, [""])
+    want = scorers.normal_agreement(estimator)(got, [""])
     for name, base in (("marigold", BASE), ("normal", SimpleNamespace(tower=None))):
         score = r2d3.load_reward(name, base, "cpu")(got, [""])
         assert close(score, want, 1e-5)
@@ -495,7 +498,7 @@ def test_arguments_of_the_geometry_rewards():
     got, truth = sphere()
     ours = truth * torch.tensor([1, -1, -1]).view(3, 1, 1)
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    scores = [r2d3.scorers.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
+    scores = [scorers.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
               for more in ({}, {"gradient": True}, {"angle_mask": True})]
     through = [torch.autograd.grad(score.sum(), got.image, allow_unused=True)[0] for score in scores[:2]]
     assert through[0] is None and through[1] is not None
@@ -508,7 +511,7 @@ def test_running_out_of_memory_in_a_scorer_is_not_called_its_failure(monkeypatch
     def too_much(render, prompts):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
 
-    monkeypatch.setattr(r2d3, "colorfulness", too_much)
+    monkeypatch.setattr(scorers, "colorfulness", too_much)
     with pytest.raises(torch.OutOfMemoryError):
         r2d3.load_reward("aesthetic", BASE, "cpu")(render_of(torch.rand(1, 1, 3, 8, 8)), [""])
 
@@ -529,14 +532,15 @@ def setting(shapes, tmp_path):
     prompts = (ROOT / "prompts/shapes_train.txt").read_text(encoding="utf-8").splitlines()[:12]
     config = Config(out=str(tmp_path), steps=3, views=1, view_size=16, guidance=2.0, eval_batch=5,
                     min_quantile=0.25, seed=3)
-    job = r2d3.Job(base, judge_of(base, r2d3.load_reward("aesthetic", base, "cpu")), schedule, null, config)
+    job = r2d3.Job(base, r2d3.load_reward("aesthetic", base, "cpu"), schedule, null, config)
     generators = [seeded("filter", prompt) for prompt in prompts]
-    x0 = r2d3.rollout(base, schedule, base.encode(prompts), null, 2.0, generators).x[:, -1]
+    x0 = job.rollout(prompts, generators).x[:, -1]
     return job, prompts, dict(zip(prompts, job.judge(x0, prompts, generators)[0].tolist()))
 
 
-def judge_of(base, reward):
-    return r2d3.make_judge(base, reward, views=1, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
+def filtered(job, prompts, identity):
+    """As `begin` leaves prompts out."""
+    return folders.without_lowest(prompts, job.config, partial(r2d3.score_prompts, job), identity, job.rank, job.world)
 
 
 def best_of(prompts, scores):
@@ -559,43 +563,43 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
     job, prompts, scores = setting
     want = best_of(prompts, scores)
     twice = [prompts[0]] * 3 + prompts + [prompts[7]]
-    assert r2d3.filter_prompts(job, prompts, SAME) == want and len(want) == 9
+    assert filtered(job, prompts, SAME) == want and len(want) == 9
     assert json.loads(scores_file().read_text(encoding="utf-8")) == pytest.approx(scores, abs=1e-5)
     again = [p for p in twice if p in want]                     # a prompt that is there twice counts once
-    assert r2d3.filter_prompts(job, twice, SAME) == again
+    assert filtered(job, twice, SAME) == again
 
     def untouchable(*arguments, **more):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(r2d3, "rollout", untouchable)
+    monkeypatch.setattr(r2d3.Job, "rollout", untouchable)
     later = with_config(job, resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1, eval_batch=7)
-    assert r2d3.filter_prompts(later, prompts, SAME) == want
+    assert filtered(later, prompts, SAME) == want
     other = [prompts[0], "a red cube", *prompts[2:]]            # a file that has changed
     for changed, named, identity in ((with_config(job, views=2), prompts, SAME), (job, other, SAME),
                                      (with_config(job, reward="dnc"), prompts, SAME),
                                      (job, prompts, {"weights": "others", "reward": {}})):
         with pytest.raises(AssertionError, match="scored again"):   # scores of something else
-            r2d3.filter_prompts(changed, named, identity)
-    assert r2d3.filter_prompts(with_config(job, min_quantile=0.0), prompts, SAME) == prompts
+            filtered(changed, named, identity)
+    assert filtered(with_config(job, min_quantile=0.0), prompts, SAME) == prompts
 
 
 def test_an_interrupted_pass_goes_on(setting):
     job, prompts, scores = setting
     calls = []
 
-    def unplugged(x0, part, generators):
+    def unplugged(pictures, part):
         calls.append(part)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return job.judge(x0, part, generators)
+        return job.reward(pictures, part)
 
     with pytest.raises(KeyboardInterrupt):
-        r2d3.filter_prompts(job._replace(judge=unplugged), prompts, SAME)
-    got = r2d3.filter_prompts(job._replace(judge=unplugged), prompts, SAME)
+        filtered(job._replace(reward=unplugged), prompts, SAME)
+    got = filtered(job._replace(reward=unplugged), prompts, SAME)
     assert calls == [prompts[:5], prompts[5:10], prompts[5:10], prompts[10:]]
     assert got == best_of(prompts, scores)
     scores_file().write_text("{ half a fi", encoding="utf-8")
-    assert r2d3.filter_prompts(job, prompts, SAME) == got
+    assert filtered(job, prompts, SAME) == got
 
 
 def test_a_changed_reward_scores_again(setting, tmp_path):
@@ -604,8 +608,8 @@ def test_a_changed_reward_scores_again(setting, tmp_path):
     for sign in "+-":
         mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n", encoding="utf-8")
         spec = f"dnc=0.1,{mine}:score=2"
-        changed = with_config(job, reward=spec)._replace(judge=judge_of(job.base, r2d3.load_reward(spec, job.base, "cpu")))
-        assert r2d3.filter_prompts(changed, prompts, r2d3.folders.identify(job.base, spec))
+        changed = with_config(job, reward=spec)._replace(reward=r2d3.load_reward(spec, job.base, "cpu"))
+        assert filtered(changed, prompts, folders.identify(job.base, spec))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())) == 2
 
 
@@ -626,7 +630,7 @@ def test_processes_share_the_work(setting, monkeypatch, tmp_path):
 
         monkeypatch.setattr(r2d3.processes, "gather", gather)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{rank}"))
-        assert r2d3.filter_prompts(job._replace(rank=rank, world=2), prompts, SAME) == best_of(prompts, scores)
+        assert filtered(job._replace(rank=rank, world=2), prompts, SAME) == best_of(prompts, scores)
     assert [list(share) for share in shares.values()] == [prompts[0::2], prompts[1::2]]
     assert {**shares[0], **shares[1]} == pytest.approx(scores, abs=1e-5)
 
@@ -639,7 +643,7 @@ def test_a_score_that_is_not_a_number_is_the_lowest(setting):
         return torch.tensor(rows)[:, None]
 
     for _ in range(2):                                          # the second time from the file
-        got = r2d3.filter_prompts(job._replace(judge=judge_of(job.base, broken)), prompts, SAME)
+        got = filtered(job._replace(reward=broken), prompts, SAME)
         assert got == [p for n, p in enumerate(prompts) if n not in (1, 8, 11)]
 
 
