@@ -117,9 +117,9 @@ def test_a_bound_on_the_gradient(world):
     gradients = []
     for bounded in (False, True):
         trial = tiny(bounded=bounded)
-        judge = compare.make_judge(world, trial, compare.configured(world, trial))
+        job = compare.job_of(world, trial, compare.configured(world, trial))
         leaf = x0.clone().requires_grad_()
-        reward, _ = judge(leaf, ["a red cube"] * 2, [r2d3.seeded(n) for n in range(2)])
+        reward, _ = job.judge(leaf, ["a red cube"] * 2, [r2d3.seeded(n) for n in range(2)])
         gradients.append(torch.autograd.grad(reward.sum(), leaf)[0].flatten(1))
     free, held = gradients
     assert held.norm(dim=1).tolist() == pytest.approx([free.norm(dim=1).min().item()] * 2, rel=1e-4)
@@ -147,7 +147,7 @@ def test_a_trial_that_diverges_is_a_row(world, tmp_path):
 
 def test_the_divergence_is_that_of_the_steps(world):
     """Nothing for a LoRA that does nothing; else, by E6, half of (k std)^2 |eps - eps_ref|^2 at every step."""
-    job = r2d3.Job(world.base, None, world.schedule, world.base.encode([""]), world.config)
+    job = world.job()
     try:
         r2d3.start_lora(job)
         assert sum(world.path_kl()) == 0
@@ -160,11 +160,11 @@ def test_the_divergence_is_that_of_the_steps(world):
         cond = world.base.encode(named)
         generators = [r2d3.seeded("kl", n) for n in range(len(named))]
         with torch.no_grad():
-            trajectory = r2d3.rollout(world.base, schedule, cond, job.null, world.config.guidance, generators)
+            trajectory = job.rollout(named, generators)
             for i in range(len(schedule)):
                 x = trajectory.x[:, i]
                 with world.base.net.disable_adapter():
-                    ref = r2d3.predict_guided(world.base, x, schedule.t(i).expand(len(x)), cond, job.null, world.config.guidance)
+                    ref = job.predict_guided(x, schedule.t(i).expand(len(x)), cond)
                 far = (trajectory.eps[:, i] - ref).square().flatten(1).sum(1).mean()
                 expected.append(((schedule.k(i) * schedule.step(i)[2]) ** 2 * far / 2).item())
         assert min(expected) > 0 and steps == pytest.approx(expected, rel=1e-3)
