@@ -241,6 +241,10 @@ class World:
         write_atomic(path, to_bytes(partial(torch.save, (measurement._asdict(), rewards))))
         return measurement, rewards
 
+    def job(self, reward: r2d3.Reward | None = None) -> r2d3.Job:
+        """What r2d3's functions want of this world; `reward` judges, None where nothing is judged."""
+        return r2d3.Job(self.base, reward, self.schedule, self.null, self.config)
+
     def measure(self, seed: int, which: str) -> tuple[metrics.Measurement, dict[str, Tensor]]:
         """What r2d3.measure measures; of the same objects all four rewards (P, S), and which share of hues is right."""
         seen = {name: [] for name in (*REWARDS, "hues")}
@@ -251,8 +255,7 @@ class World:
             seen["hues"].append(hues_right(pictures, prompts))
             return torch.zeros(len(prompts), 1)
 
-        measured = r2d3.measure(self.base, all_rewards, self.features, self.schedule, self.measured[which],
-                                self.config, seed, "measuring")
+        measured = r2d3.measure(self.job(all_rewards), self.features, self.measured[which], seed, "measuring")
         shape = measured.reward.shape
         return measured, {name: torch.cat(parts).view(shape).cpu() for name, parts in seen.items()}
 
@@ -264,17 +267,17 @@ class World:
         the fine-tuned sampler, one of every unseen prompt. The sum over all steps bounds the KL divergence of what is
         sampled from above.
         """
-        base, schedule, guidance = self.base, self.schedule, self.config.guidance
+        base, schedule, job = self.base, self.schedule, self.job()
         prompts = self.measured["unseen"]
         cond = base.encode(prompts)
         generators = [r2d3.seeded("kl", n) for n in range(len(prompts))]
-        trajectory = r2d3.rollout(base, schedule, cond, self.null, guidance, generators)
+        trajectory = job.rollout(prompts, generators)
         total = []
         with base.net.disable_adapter():
             for i in range(len(schedule)):
                 x = trajectory.x[:, i]
                 t = schedule.t(i).expand(len(x))
-                reference = r2d3.predict_guided(base, x, t, cond, self.null, guidance)
+                reference = job.predict_guided(x, t, cond)
                 mean, std = schedule.transition(x, trajectory.eps[:, i], i)
                 moved = (mean - schedule.transition(x, reference, i)[0]) / std
                 total.append(moved.square().sum().item() / 2 / len(prompts))
@@ -498,7 +501,7 @@ def run(world: World, trial: Trial, about: dict, rows: Path, wait: bool = False)
 def one_mark(world: World, trial: Trial, what: dict, scales: list[float], rows: Path) -> list[dict]:
     """Train to a mark, measure at scales of the LoRA; the rows, which are appended."""
     config = configured(world, trial)
-    job = r2d3.Job(world.base, make_judge(world, trial, config), world.schedule, world.null, config)
+    job = job_of(world, trial, config)
     new = []
     try:
         optimizer = r2d3.start_lora(job)
@@ -520,18 +523,21 @@ def one_mark(world: World, trial: Trial, what: dict, scales: list[float], rows: 
     return new
 
 
-def make_judge(world: World, trial: Trial, config: r2d3.Config) -> r2d3.Judge:
-    judge = r2d3.make_judge(world.base, world.rewards[trial.reward], views=config.views, view_size=config.view_size,
-                            elevation_jitter=config.elevation_jitter, azimuth_jitter=config.azimuth_jitter,
-                            backend=config.backend)
+class BoundedJob(r2d3.Job):
+    """A run whose rewards have gradients of bounded length with respect to the latents."""
 
-    def bounded(x0: Tensor, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, r2d3.Render]:
+    def judge(self, x0: Tensor, prompts: list[str],
+              generators: list[torch.Generator]) -> tuple[Tensor, r2d3.Render]:
         if x0.requires_grad:
             x0 = x0.clone()
             x0.register_hook(bound)
-        return judge(x0, prompts, generators)
+        return super().judge(x0, prompts, generators)
 
-    return bounded if trial.config.get("bounded") else judge
+
+def job_of(world: World, trial: Trial, config: r2d3.Config) -> r2d3.Job:
+    """The trial as r2d3 trains it."""
+    kind = BoundedJob if trial.config.get("bounded") else r2d3.Job
+    return kind(world.base, world.rewards[trial.reward], world.schedule, world.null, config)
 
 
 def bound(u: Tensor) -> Tensor:

@@ -759,8 +759,8 @@ def new_base(vae: torch.nn.Module, mean: Tensor, std: Tensor,
     torch.nn.init.zeros_(net.proj_out.weight)
     torch.nn.init.zeros_(net.proj_out.bias)
     torch.nn.init.normal_(net.adaln_single.linear.weight, std=0.02)
-    settings = {"image_size": GRID, "prediction_type": "v_prediction", "guidance": GUIDANCE, "latent_mean": mean,
-                "latent_std": std, "betas": BETAS, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
+    settings = {"image_size": GRID, "prediction_type": "v_prediction", "guidance": GUIDANCE, "betas": BETAS,
+                "latent_mean": mean, "latent_std": std, "scale_range": SCALE_RANGE, "depth_scale": DEPTH_SCALE,
                 "half_image_shift": False, "eval_size": 64, "lora_targets": shapes.LORA_TARGETS}
     base = r2d3.DiffSplat(net, vae, text.to(device), settings, device)
     return base, torch.nn.ModuleDict({"net": net.requires_grad_(True), "text": text})
@@ -829,14 +829,20 @@ def joined(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
+def sampling(base: r2d3.DiffSplat, guidance: float, steps: int) -> r2d3.Job:
+    """A job that only samples."""
+    schedule = base.schedule("dpm", steps)
+    return r2d3.Job(base, None, schedule, base.encode([""]), r2d3.Config(guidance=guidance))
+
+
 @torch.no_grad()
 def observe_samples(base: r2d3.DiffSplat, prompts: list[str], guidance: float, steps: int) -> dict[str, Tensor]:
     """One sample per prompt, observed."""
-    schedule, seen = r2d3.NoiseSchedule.from_diffusers("dpm", steps, **base.betas), []
+    job, seen = sampling(base, guidance, steps), []
     for start in tqdm(range(0, len(prompts), 60), desc=f"samples, guidance {guidance}, {steps} steps"):
         some = prompts[start:start + 60]
         generators = [r2d3.seeded(4, start + n) for n in range(len(some))]
-        x0 = r2d3.rollout(base, schedule, base.encode(some), base.encode([""]), guidance, generators).x[:, -1]
+        x0 = job.rollout(some, generators, keep=False)
         seen.append(observe(base, base.decode(x0)))
     return joined(seen)
 
@@ -1036,10 +1042,9 @@ def main() -> None:
 @torch.no_grad()
 def draw_grid(base: r2d3.DiffSplat, prompts: list[str], path: Path) -> None:
     """One sample of every test prompt: closed, open, hard, a block each."""
-    schedule = r2d3.NoiseSchedule.from_diffusers("dpm", STEPS, **base.betas)
     prompts = sorted(prompts, key=lambda prompt: ("closed", "open", "hard").index(group(parse_caption(prompt))))
     generators = [r2d3.seeded(5, n) for n in range(len(prompts))]
-    x0 = r2d3.rollout(base, schedule, base.encode(prompts), base.encode([""]), base.guidance, generators).x[:, -1]
+    x0 = sampling(base, base.guidance, STEPS).rollout(prompts, generators, keep=False)
     pictures = r2d3.render(base.decode(x0), *r2d3.input_cameras(len(x0)), 144).image[:, 0]
     write_atomic(path.with_suffix(".png"), report.png(report.labelled(pictures, prompts, columns=10)))
 

@@ -22,7 +22,6 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True, scope="session")
 def short_turntables():
     """Four frames instead of 36, which are most of a small run's time; test_train.py makes one in full."""
-    import r2d3
     from support import report
     report.turntable = functools.partial(report.turntable, frames=4)
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
-import common
 import r2d3  # noqa: E402
 from support import cameras, folders, scorers  # noqa: E402
 from r2d3 import Config, Gaussians, Render, seeded  # noqa: E402
@@ -362,12 +361,12 @@ def test_camera_frames_agree_on_a_sphere():
     """
     got, truth = sphere()
     assert (got.normal[:, :, 2][got.alpha[:, :, 0] > 0.5] < 0).all(), "they face the camera"
-    score = r2d3.scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
+    score = scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(truth)))(got, [""])
     assert score.shape == (1, 2) and (score > 0.995).all(), score
     for axis in range(3):
         wrong = truth.clone()
         wrong[axis] *= -1
-        assert (r2d3.scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
+        assert (scorers.normal_agreement(scorers.MarigoldNormals(ExactMarigold(wrong)))(got, [""]) < 0.8).all()
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -377,7 +376,7 @@ def test_gradient_of_normal_agreement(gradient):
     alpha = torch.rand(2, 3, 1, 8, 8, generator=seeded(7))
     alpha[1, 2] = 0
     image, normal = b.clone().requires_grad_(), a.clone().requires_grad_()
-    score = r2d3.scorers.normal_agreement(torch.nn.Identity(), gradient)(render_of(image, alpha=alpha, normal=normal), [])
+    score = scorers.normal_agreement(torch.nn.Identity(), gradient)(render_of(image, alpha=alpha, normal=normal), [])
     mask = alpha[:, :, 0] > 0.5
     want = torch.tensor([[(a * b).sum(2)[n, v][mask[n, v]].mean() if mask[n, v].any() else 0.0
                           for v in range(3)] for n in range(2)])
@@ -398,14 +397,14 @@ def test_angle_mask(monkeypatch):
     seen = -(sight * ours).sum(0) > math.cos(math.radians(60))
     inside = got.alpha[0, 0, 0] > 0.5
     assert 0.5 < (inside & seen).sum() / inside.sum() < 0.9
-    exact = r2d3.scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1), angle_mask=True)(got, [""])
+    exact = scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1), angle_mask=True)(got, [""])
     cosine = (got.normal[0] * ours).sum(1)
     want = torch.stack([cosine[v][seen & (got.alpha[0, v, 0] > 0.5)].mean() for v in range(2)])
     assert close(exact[0], want, 1e-5)
-    plain = r2d3.scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1))(got, [""])
+    plain = scorers.normal_agreement(lambda images: ours.expand(2, -1, -1, -1))(got, [""])
     assert (exact - plain).abs().min() > 1e-4 and (exact > plain).all(), "the rim is the worst of it"
     full = got._replace(alpha=torch.ones_like(got.alpha))       # dnc: the rendered normals decide
-    cosine = (r2d3.scorers.depth_to_normals(got.depth) * got.normal).sum(2)[0]
+    cosine = (scorers.depth_to_normals(got.depth) * got.normal).sum(2)[0]
     seen = -(sight * got.normal[0]).sum(1) > 0.5
     seen[:, [0, -1]] = seen[:, :, [0, -1]] = False              # there is no depth beyond the picture
     assert 0.2 < seen.float().mean() < 0.6
@@ -420,8 +419,9 @@ def test_angle_mask_is_the_published_one_where_that_is_right(monkeypatch):
     In the recording every pixel of the object is seen at less than 60 degrees, so its mask takes nothing away.
     """
     d = load_file(ROOT / "tests/data/angle_mask.safetensors") | load_file(ROOT / "tests/data/dnc.safetensors")
-    monkeypatch.setattr(cameras, "FXFY", 43.95963871127396 / 32)
-    monkeypatch.setattr(scorers, "FXFY", 43.95963871127396 / 32)   # it was recorded with 40 degrees
+    recorded = 43.95963871127396 / 32                          # with 40 degrees
+    monkeypatch.setattr(cameras, "FXFY", recorded)
+    monkeypatch.setattr(scorers, "FXFY", recorded)
     rays = r2d3.plucker_rays(torch.eye(4)[None, None], r2d3.intrinsics(1, 1), 32, 32)[0, 0, 3:]
     turned = d["score"].new_tensor([1, -1, 1]).view(3, 1, 1) * d["rays"].permute(2, 0, 1)
     assert (rays - turned).abs().max() < 0.6 / 43.96 and (rays + turned).abs().max() > 1
@@ -431,7 +431,7 @@ def test_angle_mask_is_the_published_one_where_that_is_right(monkeypatch):
     pictures = Render(alpha, alpha, depth, depth, normal)
     with_mask, without = (r2d3.depth_normal_consistency(pictures, [""], angle_mask=on) for on in (True, False))
     assert torch.equal(with_mask, without)
-    published = (r2d3.scorers.depth_to_normals(depth) * normal).sum(2) * (alpha > 0.5)[:, :, 0]
+    published = (scorers.depth_to_normals(depth) * normal).sum(2) * (alpha > 0.5)[:, :, 0]
     assert close(published.sum((-2, -1)) / (alpha > 0.5).sum((-3, -2, -1)), d["score"][None], 2e-6)
 
 
@@ -485,7 +485,7 @@ def test_marigold_becomes_a_reward(estimator):
     """By its name, and as `normal` of a base without an estimator: the agreement of rendered normals with its own."""
     got, _ = sphere()
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    want = r2d3.scorers.normal_agreement(estimator)(got, [""])
+    want = scorers.normal_agreement(estimator)(got, [""])
     for name, base in (("marigold", BASE), ("normal", SimpleNamespace(tower=None))):
         score = r2d3.load_reward(name, base, "cpu")(got, [""])
         assert close(score, want, 1e-5)
@@ -498,7 +498,7 @@ def test_arguments_of_the_geometry_rewards():
     got, truth = sphere()
     ours = truth * torch.tensor([1, -1, -1]).view(3, 1, 1)
     got = got._replace(image=got.image.requires_grad_(), normal=got.normal.detach().requires_grad_())
-    scores = [r2d3.scorers.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
+    scores = [scorers.normal_agreement(lambda images: ours + 0 * images, **more)(got, [""])
               for more in ({}, {"gradient": True}, {"angle_mask": True})]
     through = [torch.autograd.grad(score.sum(), got.image, allow_unused=True)[0] for score in scores[:2]]
     assert through[0] is None and through[1] is not None
@@ -511,7 +511,7 @@ def test_running_out_of_memory_in_a_scorer_is_not_called_its_failure(monkeypatch
     def too_much(render, prompts):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
 
-    monkeypatch.setattr(r2d3.scorers, "colorfulness", too_much)
+    monkeypatch.setattr(scorers, "colorfulness", too_much)
     with pytest.raises(torch.OutOfMemoryError):
         r2d3.load_reward("aesthetic", BASE, "cpu")(render_of(torch.rand(1, 1, 3, 8, 8)), [""])
 
@@ -534,14 +534,13 @@ def setting(shapes, tmp_path):
                     min_quantile=0.25, seed=3)
     job = r2d3.Job(base, r2d3.load_reward("aesthetic", base, "cpu"), schedule, null, config)
     generators = [seeded("filter", prompt) for prompt in prompts]
-    x0 = common.rollout(base, schedule, base.encode(prompts), null, 2.0, generators).x[:, -1]
+    x0 = job.rollout(prompts, generators).x[:, -1]
     return job, prompts, dict(zip(prompts, job.judge(x0, prompts, generators)[0].tolist()))
 
 
 def filtered(job, prompts, identity):
-    """What `begin` does with the training prompts where --min-quantile says so."""
-    score = partial(r2d3.score_prompts, job)
-    return folders.without_lowest(prompts, job.config, score, identity, job.rank, job.world)
+    """As `begin` leaves prompts out."""
+    return folders.without_lowest(prompts, job.config, partial(r2d3.score_prompts, job), identity, job.rank, job.world)
 
 
 def best_of(prompts, scores):
@@ -572,7 +571,7 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
     def untouchable(*arguments, **more):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(r2d3, "rollout", untouchable)
+    monkeypatch.setattr(r2d3.Job, "rollout", untouchable)
     later = with_config(job, resume=True, epochs=99, out="elsewhere", seed=4, lr=0.1, eval_batch=7)
     assert filtered(later, prompts, SAME) == want
     other = [prompts[0], "a red cube", *prompts[2:]]            # a file that has changed
@@ -581,18 +580,18 @@ def test_the_lowest_prompts_are_left_out_and_the_list_is_kept(setting, monkeypat
                                      (job, prompts, {"weights": "others", "reward": {}})):
         with pytest.raises(AssertionError, match="scored again"):   # scores of something else
             filtered(changed, named, identity)
-    assert filtered(with_config(job, min_quantile=0.01), prompts, SAME) == prompts     # a hundredth of twelve is none
+    assert filtered(with_config(job, min_quantile=0.0), prompts, SAME) == prompts
 
 
 def test_an_interrupted_pass_goes_on(setting):
     job, prompts, scores = setting
     calls = []
 
-    def unplugged(render, part):
+    def unplugged(pictures, part):
         calls.append(part)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return job.reward(render, part)
+        return job.reward(pictures, part)
 
     with pytest.raises(KeyboardInterrupt):
         filtered(job._replace(reward=unplugged), prompts, SAME)
@@ -610,7 +609,7 @@ def test_a_changed_reward_scores_again(setting, tmp_path):
         mine.write_text(f"def score(render, prompts):\n    return {sign}render.image.mean((2, 3, 4))\n", encoding="utf-8")
         spec = f"dnc=0.1,{mine}:score=2"
         changed = with_config(job, reward=spec)._replace(reward=r2d3.load_reward(spec, job.base, "cpu"))
-        assert filtered(changed, prompts, r2d3.folders.identify(job.base, spec))
+        assert filtered(changed, prompts, folders.identify(job.base, spec))
     assert len(list(Path(os.environ["XDG_CACHE_HOME"], "r2d3/scores").iterdir())) == 2
 
 

@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
 import r2d3
 from support import (
     UserError,
@@ -89,6 +88,12 @@ def own(home, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base():
     return r2d3.load_base(r2d3.resolve(r2d3.Config(device="cpu")), "cpu")
+
+
+def job_of(base, reward=None, steps=2, **settings):
+    """A job on the base, which nothing was trained of yet."""
+    config = r2d3.resolve(dataclasses.replace(TINY, device="cpu", steps=steps, guidance=2.0, **settings))
+    return r2d3.Job(base, reward, base.schedule("dpm", steps), base.encode([""]), config)
 
 
 def fresh_base():
@@ -318,7 +323,7 @@ def test_nothing_to_see_is_said(base, tmp_path, capsys, monkeypatch):
     g.means[0, 1, 0] = float("nan")
     assert r2d3.export.write_ply(tmp_path / "a.ply", g) == 2
     monkeypatch.setattr(r2d3, "load_base", lambda config, device: base)
-    monkeypatch.setattr(r2d3, "rollout", lambda base, *args, **more: torch.full((1, *base.latent_shape), float("nan")))
+    monkeypatch.setattr(r2d3.Job, "rollout", lambda job, *args, **more: torch.full((1, *base.latent_shape), float("nan")))
     r2d3.sample(r2d3.Config(prompts="a red cube", out=str(tmp_path), samples_per_prompt=1, device="cpu"))
     assert "holds no splats" in capsys.readouterr().err
 
@@ -477,8 +482,7 @@ def test_rewards_see_pictures_between_0_and_1(base):
         seen.append(render.image)
         return render.image.mean((2, 3, 4))
 
-    judge = common.make_judge(base, reward, views=2, view_size=16, elevation_jitter=20.0, azimuth_jitter=60.0)
-    judge(torch.zeros(1, *base.latent_shape), ["a red cube"], [r2d3.seeded(0)])
+    job_of(base, reward, views=2, view_size=16).judge(torch.zeros(1, *base.latent_shape), ["a red cube"], [r2d3.seeded(0)])
     assert seen[0].min() >= 0 and seen[0].max() == 1 and len(seen[0].unique()) > 100
 
 
@@ -804,10 +808,10 @@ def test_few_steps_work_or_get_advice_that_helps(home, tmp_path, monkeypatch, me
 
 def test_an_evaluation_is_the_same_for_any_number_of_processes(base, monkeypatch):
     """Three processes, here threads, share the chunks; the numbers are the same to the bit, and each has them all."""
-    config = r2d3.resolve(dataclasses.replace(TINY, device="cpu", samples_per_prompt=2, guidance=2.0, steps=2))
-    features, reward = metrics.load_features(base.tower, "cpu"), r2d3.load_reward("dnc", base, "cpu")
-    schedule, prompts = base.schedule("dpm", 2), ["a red cube", "a blue cone", "a red cube", "a green cylinder"]
-    alone = common.measure(base, reward, features, schedule, prompts, config, 0, "alone")
+    features = metrics.load_features(base.tower, "cpu")
+    job = job_of(base, r2d3.load_reward("dnc", base, "cpu"), samples_per_prompt=2)
+    prompts = ["a red cube", "a blue cone", "a red cube", "a green cylinder"]
+    alone = r2d3.measure(job, features, prompts, 0, "alone")
     shares, meet, made = [None] * 3, threading.Barrier(3), [None] * 3
     place = threading.local()
 
@@ -820,7 +824,7 @@ def test_an_evaluation_is_the_same_for_any_number_of_processes(base, monkeypatch
 
     def process(rank):
         place.rank = rank
-        made[rank] = common.measure(base, reward, features, schedule, prompts, config, 0, "shared", rank, 3)
+        made[rank] = r2d3.measure(job._replace(rank=rank, world=3), features, prompts, 0, "shared")
 
     monkeypatch.setattr(processes, "gather", gather)
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
@@ -869,9 +873,9 @@ def test_a_stopped_process_ends_the_others_with_a_sentence(tmp_path):
 
 def test_an_evaluation_keeps_no_trajectories(base, own):
     """The samples alone own their memory; of all objects' latents only those that the report shows are kept."""
-    schedule, cond, null = base.schedule("dpm", 3), base.encode(["a red cube"] * 2), base.encode([""])
-    whole = common.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(n) for n in range(2)])
-    ends = common.rollout(base, schedule, cond, null, 2.0, [r2d3.seeded(n) for n in range(2)], keep=False)
+    job = job_of(base, steps=3)
+    whole = job.rollout(["a red cube"] * 2, [r2d3.seeded(n) for n in range(2)])
+    ends = job.rollout(["a red cube"] * 2, [r2d3.seeded(n) for n in range(2)], keep=False)
     assert torch.equal(whole.x[:, -1], ends) and ends.untyped_storage().nbytes() == 4 * ends.numel()
     assert whole.x.shape[1] == 4 and whole.eps.shape == whole.eps_text.shape == whole.x[:, 1:].shape
     kept = torch.load(own[0] / "checkpoint/before.pt", weights_only=True)
@@ -965,8 +969,8 @@ def test_the_page_is_escaped_and_needs_no_network(own):
 def test_prompts_do_not_leave_the_folder(base, tmp_path, monkeypatch):
     monkeypatch.setattr(r2d3, "load_base", lambda config, device: base)
     monkeypatch.setattr(base.text, "tokens", lambda prompts: torch.ones(len(prompts), 14, dtype=torch.long))
-    monkeypatch.setattr(r2d3, "rollout", lambda base, schedule, cond, *args, **more: torch.zeros(
-        len(cond.embeds), *base.latent_shape))
+    monkeypatch.setattr(r2d3.Job, "rollout", lambda job, prompts, *args, **more: torch.zeros(
+        len(prompts), *base.latent_shape))
     (tmp_path / "prompts.txt").write_text("../../etc/passwd\n/elsewhere/x\n..\\..\\x\nCON\n", encoding="utf-8")
     made = r2d3.sample(r2d3.Config(prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "in"), device="cpu",
                                    samples_per_prompt=1))
