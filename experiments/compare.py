@@ -113,7 +113,7 @@ METHODS = {
 # (tables.chosen says whether it does).
 CLIMBS = {"ReFL": [1e-4, 3e-4, 1e-3], "DRaFT": [1e-4, 3e-4, 1e-3]}
 STRENGTHS = {
-    "aesthetic": {"E8 score": [3e3, 1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
+    "aesthetic": {"E8 score": [3e3, 1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [1e2, 3e2, 1e3],
                   "E7 score (the paper's)": [1e4, 1e5, 1e6], **CLIMBS},
     "hpsv2": {"E8 score": [1e5, 1e6, 1e7], "E8 kl": [1e3, 1e4, 1e5], "E8 eps": [1e2, 1e3, 1e4],
               "E7 score (the paper's)": [1e5, 1e6, 1e7], **CLIMBS},
