@@ -20,7 +20,7 @@ Experiments:
     dial      how far a beta of 1 moves the target, in units of eps, for every reward, estimator and matching
     sweep     strengths of every method over decades, one seed, measured on 24 prompts that are used for nothing else
     compare   of every method the strength that the sweep chose (tables.chosen), on 24 other prompts, three seeds
-    ablate    one change each of what is compared, one seed, on the same prompts as the comparison
+    ablate    one change each of what the sweep chose, one seed, on the same prompts as the comparison
     beta      w = 1 and lambda 0, for three small betas, trained on the prompts and views that are measured: where does
               it end, and is that where the exact tilt is? And what could hold it back
 
@@ -182,17 +182,18 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
     return found
 
 
-#   name                                   what it is a change of, and the change
+#   name                                     what it is a change of, and the change
 ABLATIONS = {
-    "E8 score, w = 1":                      ("E8 score", {"time_weight": "none"}),
-    "E8 score, w = alpha":                  ("E8 score", {"time_weight": "linear"}),
-    "E8 score, last step never":            ("E8 score", {"last_step": "never"}),
-    "E8 score, no Jacobian (identity)":     ("E8 score", {"estimator": "identity"}),
-    "E8 score, lambda 1":                   ("E8 score", {"reg_weight": 1.0}),
-    "E8 score, |u| bounded":                ("E8 score", {"bounded": True}),
-    "E8 score, four views":                 ("E8 score", {"views": 4}),
-    "E8 score, twice the objects an update": ("E8 score", {"batch_size": 32}),
-    "E8 eps, w = 1":                        ("E8 eps", {"time_weight": "none"}),
+    "E8 score":                                ("E8 score", {}),
+    "E8 score, |u| bounded":                   ("E8 score", {"bounded": True}),
+    "E8 score, four views":                    ("E8 score", {"views": 4}),
+    "E8 score, twice the objects an update":   ("E8 score", {"batch_size": 32}),
+    "E8 score, w = 1":                         ("E8 score", {"time_weight": "none"}),
+    "E8 score, last step never":               ("E8 score", {"last_step": "never"}),
+    "E8 score, lambda 1":                      ("E8 score", {"reg_weight": 1.0}),
+    "E8 eps":                                  ("E8 eps", {}),
+    "E8 eps, no Jacobian (identity)":          ("E8 eps", {"estimator": "identity"}),
+    "E8 eps, w = 1":                           ("E8 eps", {"time_weight": "none"}),
 }
 
 

@@ -374,16 +374,12 @@ def optima(rows: list[dict], rewards: list[str]) -> str:
 
 
 def ablations(rows: list[dict], reward: str) -> str:
-    """One change each, beside what it changes, at the last mark; one seed."""
-    lines = []
-    kept = [row for row in of(rows, "compare", reward) if row["settings"]["seed"] == 0 and row["scale"] == 1]
-    changed = of(rows, "ablate", reward)
-    for row in [row for row in kept if row["mark"] in {r["mark"] for r in changed}] + changed:
-        lines.append([row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
-                      f"{row['kl_but_last']:.1f}", cell([row], "reward", digits(reward)),
-                      *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])])
+    """One change each of what the sweep chose, on the prompts of the comparison; one seed."""
+    lines = [[row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
+              f"{row['kl_but_last']:.1f}", cell([row], "reward", digits(reward)),
+              *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])] for row in of(rows, "ablate", reward)]
     return table(f"{reward}: one change each, one seed", ["trial", "strength", "rewards asked", "updates",
-                 "KL without the last step, at most", *[*METRICS.values()][:9]], lines) if changed else ""
+                 "KL without the last step, at most", *[*METRICS.values()][:9]], lines)
 
 
 ESTIMATORS = {"sample": "E8", "step": "E7"}
