@@ -17,7 +17,7 @@ import r2d3  # noqa: E402
 from support import load_weights  # noqa: E402
 
 ABOUT = {"cmd": "a test"}
-TINY = {"beta": 1e5, "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2, "steps": 6, "seed": 0}
+TINY = {"beta": 1e5, "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.4, "steps": 6, "seed": 0}
 
 
 def tiny(experiment="compare", marks=(1,), scales=(1.0,), **changes):
