@@ -308,6 +308,19 @@ def test_equal_gain_is_read_off_the_marks_and_the_scales():
     assert tables.where([0.1, 0.05, 0.3], 0.2) == (2, pytest.approx(0.6)) and tables.where([0.1], 0.2) is None
 
 
+def test_methods_are_compared_at_equal_gain_by_turning_them_down():
+    rows = swept(GAINS) + [made("ReFL", 0, 40, 0.05, 1.0, "scales", scale=0.5, lr=1e-2)]
+    rows[-1]["by_prompt"]["alignment"] = [0.0] * 4
+    rows[-2]["by_prompt"]["alignment"] = [-0.02] * 4                # of the largest strength in full, which gains 0.09
+    rows[-1]["change"]["alignment"], rows[-2]["change"]["alignment"] = 0.0, -0.02
+    text = tables.turned_down(rows, "aesthetic", (0.7, 1.0, 0.2))
+    assert "| 0.7 sd | ReFL | lr 1e-2 | -0.010 (-0.010 .. -0.010) |" in text
+    assert "| 1 sd |" not in text and "| 0.2 sd |" not in text       # nothing beyond the curve's ends
+    strongest = compare.trials("scales", "aesthetic", [0], [])
+    assert {trial.settings.get("lr") for trial in strongest if trial.name == "ReFL"} == {1e-3}
+    assert {trial.measured_on for trial in strongest} == {"sweep"} and len(strongest) == len(compare.STRENGTHS["aesthetic"])
+
+
 def test_nothing_may_lie_above_the_optimum():
     curve = [optimum(0.0, 0.0, 0.0), optimum(0.1, 0.5, 10.0), optimum(0.2, 2.0, 20.0)]
     honest, wrong, far = made("ReFL", 0, 5, 0.2, 2.5), made("ReFL", 1, 5, 0.2, 0.4), made("ReFL", 2, 5, 0.9, 1.9)
