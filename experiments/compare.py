@@ -19,8 +19,9 @@ Experiments:
     tilt      samples of the untouched base; with weights exp(beta r) they are the optimum for every beta (tilt.py)
     dial      how far a beta of 1 moves the target, in units of eps, for every reward, estimator and matching
     sweep     strengths of every method over decades, one seed, measured on 24 prompts that are used for nothing else
+    scales    of every method the largest strength of the sweep, its LoRA turned down: methods at equal gain
     compare   of every method the strength that the sweep chose (tables.chosen), on 24 other prompts, three seeds
-    ablate    one change each of what is compared, one seed, on the same prompts as the comparison
+    ablate    one change each of what the sweep chose, one seed, on the same prompts as the comparison
     beta      w = 1 and lambda 0, for three small betas, trained on the prompts and views that are measured: where does
               it end, and is that where the exact tilt is? And what could hold it back
 
@@ -113,12 +114,12 @@ METHODS = {
 # (tables.chosen says whether it does).
 CLIMBS = {"ReFL": [1e-4, 3e-4, 1e-3], "DRaFT": [1e-4, 3e-4, 1e-3]}
 STRENGTHS = {
-    "aesthetic": {"E8 score": [3e3, 1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [3e2, 1e3, 3e3],
+    "aesthetic": {"E8 score": [3e3, 1e4, 3e4, 1e5], "E8 kl": [1e3, 3e3, 1e4], "E8 eps": [1e2, 3e2, 1e3],
                   "E7 score (the paper's)": [1e4, 1e5, 1e6], **CLIMBS},
     "hpsv2": {"E8 score": [1e5, 1e6, 1e7], "E8 kl": [1e3, 1e4, 1e5], "E8 eps": [1e2, 1e3, 1e4],
               "E7 score (the paper's)": [1e5, 1e6, 1e7], **CLIMBS},
     "normal": {"E8 eps": [3e3, 1e4, 3e4], "E8 score": [3e5, 1e6, 3e6], **CLIMBS},
-    "dnc": {"E8 eps": [1e3, 2.5e3, 5e3], "E8 score": [1e5, 3e5, 1e6], **CLIMBS},
+    "dnc": {"E8 eps": [5e2, 1.5e3, 2.5e3, 5e3], "E8 score": [1e5, 3e5, 1e6], **CLIMBS},
 }
 # What theory says about the end of training (tests/test_beta.py): w = 1, the Jacobian kept, every level asked,
 # nothing that holds back; the reward from the very prompts and views that are measured. beta in deviations.
@@ -133,6 +134,7 @@ SMALL_BETAS |= {
     "beta 1sd, E7":              ({"estimator": "step"}, 1, [768, 1536, 3072]),
 }
 SCALES = [1.0, 0.5]             # of the LoRA, at the last mark of what is compared
+TURNED_DOWN = [0.7, 0.5]        # and of every method's largest strength
 
 
 class Trial(NamedTuple):
@@ -148,7 +150,7 @@ class Trial(NamedTuple):
 
     @property
     def measured_on(self) -> str:
-        return "sweep" if self.experiment == "sweep" else "unseen"
+        return "sweep" if self.experiment in ("sweep", "scales") else "unseen"
 
     def row(self) -> dict:
         return {name: getattr(self, name) for name in ("experiment", "name", "reward", "settings")}
@@ -164,6 +166,9 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
     if experiment == "sweep":
         return [trial(name, {METHODS[name].dial: strength, "seed": 0}, [1.0])
                 for name, strengths in STRENGTHS[reward].items() for strength in strengths]
+    if experiment == "scales":
+        return [trial(name, {METHODS[name].dial: max(strengths), "seed": 0}, TURNED_DOWN)
+                for name, strengths in STRENGTHS[reward].items()]
     if experiment == "beta":
         found = []
         for name, (change, beta, marks) in SMALL_BETAS.items():
@@ -182,17 +187,18 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
     return found
 
 
-#   name                                   what it is a change of, and the change
+#   name                                     what it is a change of, and the change
 ABLATIONS = {
-    "E8 score, w = 1":                      ("E8 score", {"time_weight": "none"}),
-    "E8 score, w = alpha":                  ("E8 score", {"time_weight": "linear"}),
-    "E8 score, last step never":            ("E8 score", {"last_step": "never"}),
-    "E8 score, no Jacobian (identity)":     ("E8 score", {"estimator": "identity"}),
-    "E8 score, lambda 1":                   ("E8 score", {"reg_weight": 1.0}),
-    "E8 score, |u| bounded":                ("E8 score", {"bounded": True}),
-    "E8 score, four views":                 ("E8 score", {"views": 4}),
-    "E8 score, twice the objects an update": ("E8 score", {"batch_size": 32}),
-    "E8 eps, w = 1":                        ("E8 eps", {"time_weight": "none"}),
+    "E8 score":                                ("E8 score", {}),
+    "E8 score, |u| bounded":                   ("E8 score", {"bounded": True}),
+    "E8 score, four views":                    ("E8 score", {"views": 4}),
+    "E8 score, twice the objects an update":   ("E8 score", {"batch_size": 32}),
+    "E8 score, w = 1":                         ("E8 score", {"time_weight": "none"}),
+    "E8 score, last step never":               ("E8 score", {"last_step": "never"}),
+    "E8 score, lambda 1":                      ("E8 score", {"reg_weight": 1.0}),
+    "E8 eps":                                  ("E8 eps", {}),
+    "E8 eps, no Jacobian (identity)":          ("E8 eps", {"estimator": "identity"}),
+    "E8 eps, w = 1":                           ("E8 eps", {"time_weight": "none"}),
 }
 
 
@@ -663,7 +669,7 @@ def work_on(args: argparse.Namespace, about: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "dial", "sweep", "compare", "ablate", "beta"])
+    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "dial", "sweep", "scales", "compare", "ablate", "beta"])
     parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
     parser.add_argument("--only", nargs="+", help="only trials whose name or strength holds one of these words")

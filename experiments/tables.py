@@ -354,6 +354,25 @@ def at_equal_gain(rows: list[dict], reward: str, gains: tuple[float, ...] = (0.5
                   *(METRICS[name] for name in PAID)], lines)
 
 
+def turned_down(rows: list[dict], reward: str, gains: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)) -> str:
+    """Every method's largest strength with its LoRA turned down to the same gain: what is lost then."""
+    lines, unit = [], deviation(rows, reward)
+    curves = {}
+    for name in LOOKS:
+        low = of(rows, "scales", reward, name)
+        full = [row for row in of(rows, "sweep", reward, name)
+                if low and all(row[key] == low[0][key] for key in ("settings", "mark"))]
+        if low and full:
+            curves[name] = [[row] for row in sorted(low + full, key=lambda row: row["scale"])]
+    for wanted in gains:
+        for name, points in curves.items():
+            inside = gain(points[0]) <= wanted * unit <= gain(points[-1])
+            cells = [paid(points, wanted * unit, metric) for metric in [*PAID, "fid_to_base"]] if inside else []
+            lines += [[f"{wanted:g} sd", name, strength(points[0][0]["settings"]), *cells]] if cells else []
+    return table(f"{reward}: the largest strength, its LoRA turned down to equal gain (1 sd = {unit:.4f})",
+                 ["gained", "method", "strength", *(METRICS[name] for name in [*PAID, "fid_to_base"])], lines)
+
+
 def count(point: list[dict], of: str) -> float:
     return sum(row[of] for row in point) / len(point)
 
@@ -374,16 +393,12 @@ def optima(rows: list[dict], rewards: list[str]) -> str:
 
 
 def ablations(rows: list[dict], reward: str) -> str:
-    """One change each, beside what it changes, at the last mark; one seed."""
-    lines = []
-    kept = [row for row in of(rows, "compare", reward) if row["settings"]["seed"] == 0 and row["scale"] == 1]
-    changed = of(rows, "ablate", reward)
-    for row in [row for row in kept if row["mark"] in {r["mark"] for r in changed}] + changed:
-        lines.append([row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
-                      f"{row['kl_but_last']:.1f}", cell([row], "reward", digits(reward)),
-                      *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])])
+    """One change each of what the sweep chose, on the prompts of the comparison; one seed."""
+    lines = [[row["name"], strength(row["settings"]), str(row["judged"]), str(row["updates"]),
+              f"{row['kl_but_last']:.1f}", cell([row], "reward", digits(reward)),
+              *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])] for row in of(rows, "ablate", reward)]
     return table(f"{reward}: one change each, one seed", ["trial", "strength", "rewards asked", "updates",
-                 "KL without the last step, at most", *[*METRICS.values()][:9]], lines) if changed else ""
+                 "KL without the last step, at most", *[*METRICS.values()][:9]], lines)
 
 
 ESTIMATORS = {"sample": "E8", "step": "E7"}
@@ -439,7 +454,7 @@ def base_table(quality: dict) -> str:
 
 def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
-    made = (make(rows, reward) for make in (comparison, at_equal_gain, sweep, ablations, small_betas)
+    made = (make(rows, reward) for make in (comparison, at_equal_gain, turned_down, sweep, ablations, small_betas)
             for reward in rewards)
     return optima(rows, rewards) + dials(rows) + "".join(made)
 

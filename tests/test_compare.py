@@ -17,7 +17,7 @@ import r2d3  # noqa: E402
 from support import load_weights  # noqa: E402
 
 ABOUT = {"cmd": "a test"}
-TINY = {"beta": 1e5, "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.2, "steps": 6, "seed": 0}
+TINY = {"beta": 1e5, "batch_size": 2, "updates_per_epoch": 2, "view_size": 16, "fraction": 0.4, "steps": 6, "seed": 0}
 
 
 def tiny(experiment="compare", marks=(1,), scales=(1.0,), **changes):
@@ -294,6 +294,19 @@ def test_equal_gain_is_read_off_the_marks_and_the_scales():
     lost = made("ReFL", 2, 20, 0.1, 1.0) | {"diverged": "nan"}
     assert "| ReFL (1 diverged) |" in tables.comparison([*rows, lost], "aesthetic")
     assert tables.where([0.1, 0.05, 0.3], 0.2) == (2, pytest.approx(0.6)) and tables.where([0.1], 0.2) is None
+
+
+def test_methods_are_compared_at_equal_gain_by_turning_them_down():
+    rows = swept(GAINS) + [made("ReFL", 0, 40, 0.05, 1.0, "scales", scale=0.5, lr=1e-2)]
+    rows[-1]["by_prompt"]["alignment"] = [0.0] * 4
+    rows[-2]["by_prompt"]["alignment"] = [-0.02] * 4                # of the largest strength in full, which gains 0.09
+    rows[-1]["change"]["alignment"], rows[-2]["change"]["alignment"] = 0.0, -0.02
+    text = tables.turned_down(rows, "aesthetic", (0.7, 1.0, 0.2))
+    assert "| 0.7 sd | ReFL | lr 1e-2 | -0.010 (-0.010 .. -0.010) |" in text
+    assert "| 1 sd |" not in text and "| 0.2 sd |" not in text       # nothing beyond the curve's ends
+    strongest = compare.trials("scales", "aesthetic", [0], [])
+    assert {trial.settings.get("lr") for trial in strongest if trial.name == "ReFL"} == {1e-3}
+    assert {trial.measured_on for trial in strongest} == {"sweep"} and len(strongest) == len(compare.STRENGTHS["aesthetic"])
 
 
 def test_nothing_may_lie_above_the_optimum():
