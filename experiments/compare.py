@@ -460,23 +460,14 @@ def dial(world: World, reward: str, estimator: str, about: dict, **changes) -> d
     settings = PAPER | {"reward": reward, "estimator": estimator, "beta": 1.0, "seed": 0} | changes
     trial = Trial("dial", estimator, reward, {"estimator": estimator}, settings, [])
     config = configured(world, trial)
-    job = r2d3.Job(world.base, make_judge(world, trial, config), world.schedule, world.null, config)
-    sampled, _ = r2d3.sample_epoch(job, world.prompts, 0, {})
+    job = job_of(world, trial, config)
+    named = r2d3.draw_prompts(world.prompts, config.batch_size, r2d3.seeded(0, 0, "prompts"))
     pairs = torch.tensor([(n, i) for n in range(config.batch_size)
                           for i in r2d3.pick_steps(config, r2d3.seeded(0, 0, n, "steps"))])
+    transitions, _ = r2d3.sample_epoch(job, named, 0, pairs, {})
     squares, found = [], {}
-    for part in pairs.split(config.micro_batch):
-        batch = sampled.transitions(*part.T, [r2d3.seeded("dial", *pair) for pair in part.tolist()])
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return r2d3.predict_guided(world.base, x, t, batch.cond, world.null, config.guidance)
-
-        def value(x0: Tensor) -> Tensor:
-            if estimator == "step":
-                return job.judge(x0, batch.prompts, batch.generators)[0]
-            return (x0 * batch.u).flatten(1).sum(1)
-
-        g, _ = r2d3.reward_gradient(predict, value, world.schedule, batch.x_s, batch.i + 1)
+    for rows in torch.arange(len(pairs)).split(config.micro_batch):
+        g, _ = r2d3.gradient_of_reward(job, transitions.at(rows))
         squares.append(g.square().flatten(1).mean(1).double().cpu())
     square = torch.cat(squares)
     for matching in ("score", "kl", "eps"):

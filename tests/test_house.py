@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import r2d3
-from support import cli, published
+from support import cli, load_weights, published
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "r2d3.py", *(path for folder in ("kernels", "support", "bases", "experiments") for path in (ROOT / folder).glob("*.py"))]
