@@ -8,10 +8,13 @@ Steps, each a process of its own with a time limit, so that a crash or a hang co
                  gsplat and one view at a time; host and device time, peak memory, device time by kernel
     sweep        rasterize with other tiles, warps and batches
     matching     gradient_matching: eager PyTorch, ours, both as CUDA graphs
-    cost         one epoch of the paper's base with random weights: seconds by phase, peak memory
+    host         what a call of rasterize costs the host before any kernel is launched
+    cost         one epoch of the paper's base with random weights, as it is, with larger micro-batches and with
+                 what support/speed.py has: seconds by phase, peak memory
     first        the README's first command
 
-On one H100 all but the last step took 7 minutes. Each row goes to the file of --out, one JSON object a line,
+On one H100 all but the last step took 7 minutes. Without a GPU `correct`, `time` on the two smallest shapes,
+`matching` and `host` are run, in about two minutes on one core; `--only` names others. Each row goes to the file of --out, one JSON object a line,
 the moment it is known, and says where and how it was measured: GPU, versions, commit, date, command. At the
 end a table, and for each goal whether it is met; `--show FILE` prints them of rows that are there.
 
@@ -28,10 +31,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,7 +46,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 from kernels import gradient_matching, rasterize, splat  # noqa: E402
-from support import report  # noqa: E402
+from support import report, speed  # noqa: E402
 
 try:
     import triton
@@ -198,7 +203,7 @@ def splat_backends(device):
         return {"torch": partial(ours, backend="torch"),
                 "torch, picture": partial(ours, backend="torch", geometry=False)}
     backends = {"triton": ours, "triton, picture": partial(ours, geometry=False),
-                "triton, deterministic": partial(ours, deterministic=True),
+                "triton, graph": ours, "triton, deterministic": partial(ours, deterministic=True),
                 "triton, view by view": partial(one_view_at_a_time, ours)}
     if gsplat is not None:
         backends |= {"gsplat": with_gsplat, "gsplat, picture": partial(with_gsplat, geometry=False),
@@ -404,7 +409,7 @@ def correct(rows, device, quick):
         tests = [str(ROOT / "tests" / name) for name in (GPU_TESTS[:1] if quick else GPU_TESTS)]
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
         if not quick:
-            command += ["-k", "gpu or triton and not (interpreted or compiles or fuzz or keys)"]
+            command += ["-k", "gpu"]
         subprocess.run(command, cwd=ROOT)
         counts = {"passed": 0, "failed": 0, "skipped": 0}
         for case in ElementTree.parse(report).iter("testcase"):
@@ -437,14 +442,18 @@ def splat_case(shape, sets):
 
 def time_splat(rows, device, quick):
     ceiling = ceilings(device)
-    for shape, (B, V, N, size) in (TINY if quick else SPLAT).items():
+    for shape in TINY if quick else list(SPLAT)[: None if device.type == "cuda" else 2]:
+        B, V, N, size = (SPLAT | TINY)[shape]
         sets = [scene(B, V, N, device, seed) for seed in range(2)]
         views, (row, need) = make_views(B, V, size, device), splat_case(shape, sets)
         for backend, function in splat_backends(device).items():
             try:
                 ready = [passes(lambda *x, f=function: f(x[:5], *x[5:]), (views, size), x) for x in sets]
                 for name, cost_of_pass in need.items():
-                    timed = measure([each[name] for each in ready], device, 0.1 if quick else 0.25)
+                    calls = [each[name] for each in ready]
+                    if backend.endswith("graph"):
+                        calls = [captured(call)[0] for call in calls]
+                    timed = measure(calls, device, 0.1 if quick else 0.25)
                     rows(**row, backend=backend, **{"pass": name}, **timed, **floor(*cost_of_pass, ceiling))
                 if device.type == "cuda" and backend in ("triton", "triton, picture", "gsplat"):
                     rows(op="kernels", shape=shape, backend=backend,
@@ -523,19 +532,36 @@ def matching(rows, device, quick):
                     rows.failed(error, **row, backend=backend)
 
 
-COST = {  # what is asked: options of `python r2d3.py cost`, seconds
-    "4 transitions": (["--batch-size", "2", "--updates-per-epoch", "1", "--fraction", "0.1"], 90),
-    "4 objects, --checkpoint": (["--batch-size", "4", "--checkpoint"], 120),
-    "as published": ([], 150),
+def host(rows, device, quick):
+    """Host time of rasterize with launches left out: checks, allocations, torch's own operations on tiny tensors."""
+    module = variant(next(iter(VARIANTS)))
+    for name in [name for name in dir(module) if name.endswith("_kernel")]:
+        setattr(module, name, defaultdict(lambda: lambda *arguments, **options: None))
+    cpu = torch.device("cpu")
+    leaves, views = scene(1, 4, 16, cpu, 0), make_views(1, 4, 16, cpu)
+    ready = passes(lambda *x: ours(x[:5], *x[5:], module, backend="triton", capacity=64), (views, 16), leaves)
+    for name, call in ready.items():
+        rows(op="host", **{"pass": name}, us=1e3 * measure([call], cpu, 0.1 if quick else 1)["ms_p50"])
+
+
+COST = {  # what is asked: options of `python r2d3.py cost`, ways of support/speed.py, seconds
+    "4 transitions": (["--batch-size", "2", "--updates-per-epoch", "1", "--fraction", "0.1"], [], 90),
+    "4 objects, --checkpoint": (["--batch-size", "4", "--checkpoint"], [], 120),
+    "as published": ([], [], 150),
+    **{f"micro-batch {size}": (["--micro-batch", str(size)], [], 120) for size in (4, 8, 16)},
+    "channels last": ([], ["channels_last"], 150),
+    "compiled": ([], ["compiled"], 240),
+    "all of it": (["--micro-batch", "8"], ["channels_last", "compiled"], 240),
+    "all of it, E8": (["--micro-batch", "8", "--estimator", "sample"], ["channels_last", "compiled"], 240),
 }
 PAPER = ["--base", "diffsplat-pixart", "--weights", "random"]
 FIRST = ["--reward", "aesthetic"]
 
 
-def r2d3(arguments, limit):
-    """(exit code or None for a limit that was reached, seconds, output) of `python r2d3.py`."""
+def run(program, arguments, limit):
+    """(exit code or None for a limit that was reached, seconds, output) of a program of ours."""
     begun = time.perf_counter()
-    child = subprocess.Popen([sys.executable, str(ROOT / "r2d3.py"), *arguments], cwd=ROOT, encoding="utf-8",
+    child = subprocess.Popen([sys.executable, str(ROOT / program), *arguments], cwd=ROOT, encoding="utf-8",
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output, code = child.communicate(timeout=limit)[0], child.returncode
@@ -545,13 +571,29 @@ def r2d3(arguments, limit):
     return code, round(time.perf_counter() - begun, 1), output
 
 
+def epoch(ways, arguments):
+    """`python r2d3.py cost` with ways of support/speed.py; the second of two epochs, since the first compiles."""
+    import r2d3
+    _, config = r2d3.parse(["cost", *arguments])
+    resolved = r2d3.resolve(config)
+    base = r2d3.load_base(resolved, resolved.device)
+    speed.speed_up(base, ways)
+    net = base.net
+    for _ in range(2 if "compiled" in ways else 1):
+        base.net = net
+        r2d3.cost(config, base)
+        print("epoch done", flush=True)
+
+
 def cost(rows, device, quick):
-    for what, (options, limit) in list(COST.items())[: 1 if quick else None]:
-        arguments = ["cost", *([] if quick else PAPER), *options, "--device", str(device)]
-        code, seconds, output = r2d3(arguments, limit)
-        row = {"op": "cost", "what": what, "arguments": " ".join(arguments), "wall_s": seconds}
+    for what, (options, ways, limit) in list(COST.items())[: 1 if quick else None]:
+        arguments = [*([] if quick else PAPER), *options, "--device", str(device)]
+        program, begin = ("experiments/bench.py", ["--ways", ",".join(ways)]) if ways else ("r2d3.py", ["cost"])
+        code, seconds, output = run(program, [*begin, *arguments], limit)
+        row = {"op": "cost", "what": what, "ways": ways, "arguments": " ".join(arguments), "wall_s": seconds}
         try:
-            rows(**row, **json.loads(output[output.index("\n{\n" if not output.startswith("{") else "{"):]))
+            *_, last = re.findall(r"^\{\n.*?^\}", output, re.MULTILINE | re.DOTALL)
+            rows(**row, **json.loads(last))
         except ValueError:
             rows(**row, error=f"exit code {code}: {output[-1500:]}")
 
@@ -559,7 +601,7 @@ def cost(rows, device, quick):
 def first(rows, device, quick):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        code, seconds, output = r2d3([*FIRST, "--out", str(out), "--device", str(device)], 150)
+        code, seconds, output = run("r2d3.py", [*FIRST, "--out", str(out), "--device", str(device)], 150)
         row = {"op": "first", "arguments": " ".join(FIRST), "wall_s": seconds}
         try:
             rows(**row, summary=json.loads((out / "summary.json").read_text(encoding="utf-8")))
@@ -573,9 +615,11 @@ STEPS = {  # function; seconds it may take, seconds that must be left to begin i
     "time": (time_splat, 140, 30),
     "sweep": (sweep, 100, 30),
     "matching": (matching, 50, 20),
-    "cost": (cost, 300, 60),
+    "host": (host, 30, 5),
+    "cost": (cost, 520, 60),
     "first": (first, 160, 60),
 }
+ON_A_CPU = {"correct": 20, "time": 60, "matching": 15, "host": 10}  # what is run without a GPU; seconds on one core
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -645,51 +689,50 @@ def beside_gsplat(rows):
 
 def goals(rows):
     """Prints for each goal whether it is met, and by how much."""
-    both = {(r["op"], r["shape"], r["dtype"], r["backend"]): r for r in rows
-            if r.get("pass") == "forward+backward" and "ms_p50" in r}
+    found = {(r["op"], r["shape"], r["dtype"], r["backend"], r["pass"]): r for r in rows
+             if "pass" in r and "ms_p50" in r}
+    kernels = {(r["shape"], r["backend"]): sum(us for _, us in r["us"].values()) / 1e3 for r in rows
+               if r.get("op") == "kernels"}
 
-    def verdict(text, value, wanted, at_least=True):
+    def verdict(text, above, below, wanted, at_least=True, name="ms_p50"):
+        value = above[name] / below[name] if above and below else None
         met = value is not None and (value >= wanted if at_least else value <= wanted)
         result = "not measured" if value is None else f"{'met' if met else 'MISSED'} ({value:.2f})"
         print(f"  {text}, wanted {'>=' if at_least else '<='} {wanted}: {result}")
 
-    def alone(shape, backend):  # time of the compositing kernels on the GPU, in microseconds
-        wanted = {"op": "kernels", "shape": shape, "backend": backend}
-        times = [compositing_us(r) for r in rows if wanted.items() <= r.items()]
-        return {"us": times[-1]} if times else None
+    def rasterized(shape, backend, name="forward+backward"):
+        return found.get(("rasterize", shape, "float32", backend, name))
 
-    def ratio(above, below, name="ms_p50"):
-        above = [r[name] for r in above if r]
-        return min(above) / below[name] if above and below else None
-
-    print("goals, forward + backward:")
-    for shape in (name for name in SPLAT if name.startswith("diffsplat")):
-        mine, *rivals, singly, singly_mine = (
-            both.get(("rasterize", shape, "float32", backend)) for backend in
-            ("triton", "gsplat", "gsplat, view by view", "triton, view by view"))
-        verdict(f"{shape}: gsplat's time / ours", ratio(rivals, mine), 1.3)
-        kernels = ratio([alone(shape, "gsplat")], alone(shape, "triton"), "us")
-        verdict(f"{shape}: the same, compositing kernels alone", kernels, 1.3)
-        verdict(f"{shape}: time view by view / ours", ratio([singly or singly_mine], mine), 3)
-        verdict(f"{shape}: gsplat's peak memory / ours", ratio(rivals, mine, "peak_mb"), 1)
-    at = lambda shape, backend: both.get(("gradient_matching", shape, "float32", backend))  # noqa: E731
-    for how, suffix in (("", ""), (", kernels alone (CUDA graph)", ", graph")):
-        value = ratio([at("diffsplat", "torch" + suffix)], at("diffsplat", "triton" + suffix))
-        verdict(f"gradient_matching, DiffSplat latent{how}: eager PyTorch's time / ours", value, 5)
-    large = at("large", "triton")
-    verdict("gradient_matching, large: our time / the bandwidth floor",
-            large and large["ms_p50"] / large["floor_ms"], 1.3, at_least=False)
-    peak = [r["peak_GB"] for r in rows if "checkpoint" in r.get("what", "") and "peak_GB" in r]
-    verdict("the paper's base, 4 objects with --checkpoint: peak GB", peak[-1] if peak else None, 24,
-            at_least=False)
+    print("goals:")
+    for shape in SPLAT:
+        ours, theirs = rasterized(shape, "triton"), rasterized(shape, "gsplat")
+        wanted = 4 if shape == "embedded" else 1.6
+        verdict(f"{shape}, forward + backward: gsplat's time / ours", theirs, ours, wanted)
+        verdict(f"{shape}, forward: the same", rasterized(shape, "gsplat", "forward"),
+                rasterized(shape, "triton", "forward"), 1.2)
+        verdict(f"{shape}: our peak memory / gsplat's", ours, theirs, 1.5, at_least=False, name="peak_mb")
+        own = kernels.get((shape, "triton"))
+        verdict(f"{shape}: a captured graph / its kernels", rasterized(shape, "triton, graph"),
+                own and {"ms_p50": own}, 1.1, at_least=False)
+        if shape.startswith("diffsplat"):
+            verdict(f"{shape}: view by view / ours", rasterized(shape, "triton, view by view"), ours, 3)
+    large = found.get(("gradient_matching", "large", "float32", "triton", "forward+backward"))
+    verdict("gradient_matching, large: our time / the bandwidth floor", large,
+            large and {"ms_p50": large["floor_ms"]}, 1.3, at_least=False)
+    peak = [r for r in rows if "checkpoint" in r.get("what", "") and "peak_GB" in r]
+    verdict("the paper's base, 4 objects with --checkpoint: peak GB", peak and peak[-1], {"peak_GB": 1}, 24,
+            at_least=False, name="peak_GB")
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
 def main():
+    if sys.argv[1:2] == ["--ways"]:
+        return epoch(sys.argv[2].split(","), sys.argv[3:])
     parser = argparse.ArgumentParser(prog="python experiments/bench.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS) + "; by default all, "
+                        "on a CPU " + ", ".join(ON_A_CPU))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cuda or cpu")
     parser.add_argument("--out", help="file that rows are appended to; by default experiments/results/"
@@ -721,7 +764,11 @@ def main():
     environ = {**os.environ, "KERNELS_BENCH_COMMAND": " ".join(["python experiments/bench.py", *sys.argv[1:]])}
     child = [sys.executable, __file__, "--device", options.device, "--out", out, "--run", run,
              *(["--quick"] if options.quick else [])]
-    steps = [step for step in STEPS if not options.only or step in options.only]
+    wanted = options.only or (ON_A_CPU if device.type == "cpu" else STEPS)
+    steps = [step for step in STEPS if step in wanted]
+    limits = {step: ON_A_CPU.get(step, STEPS[step][1]) if device.type == "cpu" else STEPS[step][1] for step in steps}
+    plan = ", ".join(f"{step} ({limits[step]} s)" for step in steps)
+    print(f"on {options.device}, about: {plan}; all of it ends within {options.budget:.0f} s", flush=True)
     helpers = []
     if device.type == "cuda" and "sweep" in steps and not options.quick:
         helpers = [subprocess.Popen([*child, "--step", "warm", "--variants", *list(VARIANTS)[n::8]], cwd=ROOT,

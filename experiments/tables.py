@@ -1,11 +1,12 @@
 """Tables and plots of the comparison's rows (experiments/compare.py), and the sweep's choice.
 
     python experiments/tables.py                    # Markdown tables; results/compare.png
+    python experiments/tables.py --add runs/NAME    # first keep what a run of r2d3.py has measured, as a row
 
 Only rows of the embedded base as it is now count: every row holds the hash of the base that it was measured on. All
 changes are from the untouched base, on the same noise. Intervals are 95%, by a bootstrap that draws seeds of training
-and, of each, prompts: they cover other seeds and other prompts. What is not measured by prompt (FID, KL, histograms) has
-an interval over seeds (Student's t), where there are several.
+and, of each, prompts: they cover other seeds and other prompts. What is not measured by prompt (FID, KL,
+histograms) has an interval over seeds (Student's t), where there are several.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from support import load_weights, to_bytes, write_atomic
 
 ROWS = ROOT / "experiments/results/compare.jsonl"
 # What is measured, in the order of the tables.
-METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "named": "named right", "hues": "hues right",
-           "dnc": "dnc", "coverage": "coverage", "diversity": "diversity",
+METRICS = {"reward": "reward", "alignment": "alignment", "retrieved": "R@1", "named": "named right",
+           "hues": "hues right", "dnc": "dnc", "coverage": "coverage", "diversity": "diversity",
            "fid_to_base": "FID to the base", "open_colors": "open colours", "open_shapes": "open shapes"}
 LOOKS = {"E8 score": ("C0", "o"), "E8 kl": ("C9", "v"), "E8 eps": ("C3", "D"), "E7 score (the paper's)": ("C4", "P"),
          "E7 kl": ("C6", "<"), "E7 eps": ("C8", ">"), "ReFL": ("C2", "^"), "DRaFT": ("C1", "s"), "DDPO": ("C7", "x")}
@@ -73,7 +74,7 @@ def deviation(rows: list[dict], reward: str) -> float:
     return of(rows, "tilt", reward)[0]["spread"]
 
 
-# ---- Intervals --------------------------------------------------------------------------------------------------------
+# ---- Intervals ------------------------------------------------------------------------------------------------------
 
 
 def draws(rows: list[dict], metric: str) -> np.ndarray:
@@ -105,7 +106,7 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-# ---- The rule that chooses ----------------------------------------------------------------------------------------------
+# ---- The rule that chooses ------------------------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
@@ -148,11 +149,11 @@ def chosen(rows: list[dict], reward: str, name: str) -> Choice | None:
     return Choice(settings, best, min(strengths) < own < max(strengths))
 
 
-# ---- Trials of the comparison --------------------------------------------------------------------------------------------
+# ---- Trials of the comparison ---------------------------------------------------------------------------------------
 
 
 class Seeds(NamedTuple):
-    """A method's trials with the strength that the sweep chose: `marks` along training, `scales` of the last one's LoRA.
+    """A method's trials with the strength that the sweep chose: `marks` along training, `scales` of the LoRA at its end.
 
     Each is a list of points, a point one row per seed.
     """
@@ -241,7 +242,7 @@ def above(rows: list[dict], reward: str) -> list[dict]:
     return wrong
 
 
-# ---- Tables -----------------------------------------------------------------------------------------------------------
+# ---- Tables ---------------------------------------------------------------------------------------------------------
 
 
 def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
@@ -437,6 +438,36 @@ def at_beta(curve: list[dict], beta: float) -> float | None:
     return None
 
 
+def run_row(folder: Path) -> dict:
+    """The row of one run of r2d3.py: its command, and what its summary says."""
+    about, summary = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "summary.json"))
+    words = about["command"]
+    if "--out" in words:
+        words = words[:words.index("--out")] + words[words.index("--out") + 2:]
+    measured = {name: {key: summary[name][key] for key in ("change", "ci95")} for name in METRICS if name in summary}
+    return {"experiment": "run", "reward": about["config"]["reward"], "name": " ".join(words[1:]), "base": base_hash(),
+            "settings": {"seed": about["seed"]}, "measured": measured, "commit": about["git_commit"],
+            **{name: summary[name] for name in ("judged", "updates", "prompts", "samples_per_prompt", "seconds")}}
+
+
+def runs(rows: list[dict]) -> str:
+    """Commands of r2d3.py, and what each measured: a change and its 95% interval over prompts."""
+    lines = []
+    for row in of(rows, "run"):
+        gained = row["measured"]["reward"]
+        places = digits(row["reward"])
+        low, high = gained["ci95"]
+        lines.append([f"`{row['name']}`", str(row["judged"]), str(row["updates"]),
+                      f"{gained['change']:+.{places}f} ({low:+.{places}f} .. {high:+.{places}f})",
+                      f"{gained['change'] / deviation(rows, row['reward']):.2f}",
+                      *(f"{row['measured'][name]['change']:+.3f}" for name in RUN_METRICS)])
+    return table("commands of r2d3.py", ["settings", "rewards asked", "updates", "reward", "in deviations",
+                                         *(METRICS[name] for name in RUN_METRICS)], lines)
+
+
+RUN_METRICS = ("alignment", "retrieved", "dnc", "coverage", "diversity", "fid_to_base")
+
+
 def base_table(quality: dict) -> str:
     """What make_shapes.py measured of the embedded base, by kind of prompt: true scenes, those decoded, and samples."""
     sources, kinds = ("true", "decoded", "samples"), ("closed", "open", "hard")
@@ -456,46 +487,44 @@ def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
     made = (make(rows, reward) for make in (comparison, at_equal_gain, turned_down, sweep, ablations, small_betas)
             for reward in rewards)
-    return optima(rows, rewards) + dials(rows) + "".join(made)
+    return optima(rows, rewards) + dials(rows) + runs(rows) + "".join(made)
 
 
-# ---- The plot -----------------------------------------------------------------------------------------------------------
+# ---- The plot -------------------------------------------------------------------------------------------------------
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Gain, in deviations within a prompt: over rewards asked, over seconds of training, and over what is lost (along
-    the LoRA's scale at the end of training). One line per reward; points are means over seeds.
+    """Gain, in deviations within a prompt, over what is lost: every strength of the sweep, and dotted the largest one
+    turned down. One line of panels per reward of which two methods were swept.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    rewards = [*dict.fromkeys(row["reward"] for row in rows if row["experiment"] == "compare")]
-    figure = Figure(figsize=(13.0, 0.6 + 3.0 * max(len(rewards), 1)), layout="constrained")
+    rewards = [*dict.fromkeys(row["reward"] for row in rows if row["experiment"] == "sweep")]
+    rewards = [reward for reward in rewards if len({row["name"] for row in of(rows, "sweep", reward)}) > 1]
+    lost = {"alignment": ("alignment lost", -1), "named": ("share of objects named right, lost", -1),
+            "dnc": ("dnc lost", -1), "fid_to_base": ("FID to the base, gained", 1)}
+    figure = Figure(figsize=(13.0, 0.6 + 3.2 * max(len(rewards), 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    titles = ["rewards asked", "updates", "seconds of training (one core)", "alignment lost", "FID to the base gained"]
-    panels = figure.subplots(max(len(rewards), 1), len(titles), squeeze=False)
+    panels = figure.subplots(max(len(rewards), 1), len(lost), squeeze=False)
     handles = {}
-    for axes, reward in zip(panels, rewards):
+    for line, reward in zip(panels, rewards):
         unit, curve = deviation(rows, reward), optimum(rows, reward)
-        # What hpsv2 loses cannot be alignment, which is the reward itself: diversity.
-        lost = "diversity" if reward == "hpsv2" else "alignment"
-        for name, (color, marker) in LOOKS.items():
-            seeds = compared(rows, reward, name)
-            if not seeds:
-                continue
-            look = {"color": color, "marker": marker, "linewidth": 1.2, "markersize": 4, "label": name}
-            gained = [0, *(gain(point) / unit for point in seeds.marks)]
-            for panel, key in zip(axes, ("judged", "updates", "train_seconds")):
-                handles[name], = panel.plot([0, *(count(point, of=key) for point in seeds.marks)], gained, **look)
-            gained = [0, *(gain(point) / unit for point in seeds.scales)]
-            axes[3].plot([0, *(-mean_of(point, lost) for point in seeds.scales)], gained, **look)
-            axes[4].plot([0, *(mean_of(point, "fid_to_base") for point in seeds.scales)], gained, **look)
-        for panel, metric, sign in ((axes[3], lost, -1), (axes[4], "fid_to_base", 1)):
-            handles["exact tilt"], = panel.plot([sign * point[metric] for point in curve],
-                                                [point["gain"] / unit for point in curve], "k-", linewidth=2.5)
-        axes[0].set(ylabel=f"{reward}: gain (deviations)", xscale="symlog", xlim=(0, None))
-        for panel, title in zip(axes, titles):
-            panel.set(xlabel=title.replace("alignment", lost))
-            panel.grid(alpha=0.3)
+        for axes, (metric, (title, sign)) in zip(line, lost.items()):
+            for name, (color, marker) in LOOKS.items():
+                full = sorted(of(rows, "sweep", reward, name), key=lambda row: dial(row["settings"])[1])
+                low = sorted(of(rows, "scales", reward, name), key=lambda row: row["scale"])
+                for some, style in ((full, "-"), (low + full[-1:] if low else [], ":")):
+                    x = [0, *(sign * row["change"][metric] for row in some)]
+                    y = [0, *(row["change"]["reward"] / unit for row in some)]
+                    if some:
+                        drawn, = axes.plot(x, y, style, color=color, marker=marker, linewidth=1.2, markersize=4)
+                        handles.setdefault(name, drawn)
+            if curve and metric in curve[0]:
+                handles["exact tilt (optimum)"], = axes.plot([sign * point[metric] for point in curve],
+                                                             [point["gain"] / unit for point in curve], "k-", linewidth=2.5)
+            axes.set(xlabel=title)
+            axes.grid(alpha=0.3)
+        line[0].set(ylabel=f"{reward}: gain (deviations within a prompt)")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=8, fontsize=9)
     write_atomic(path, to_bytes(partial(figure.savefig, format="png", dpi=110)))
 
@@ -503,7 +532,10 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of runs of r2d3.py, to keep as rows")
     args = parser.parse_args()
+    with open(args.rows, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(run_row(folder)) + "\n" for folder in args.add)
     known = read(args.rows, base_hash())
     about = load_weights(ROOT / "support/shapes.safetensors")[1]
     print(base_table(json.loads(about["quality"])), tables(known))

@@ -14,8 +14,9 @@ Mathematics (E4-E6 are the README's numbers)
     match        = (1/n) sum residual^2                               n elements per sample        (E4)
     reg          = (1/n) sum (eps_theta - eps_old)^2                  lambda is the caller's       (E5)
 
-    Forward differences first and scales afterwards: at the sampler's last step k is about 1760, and k times
-    the rounding errors of eps_theta and eps_ref would be all that is left of a small d. The form
+    Forward differences first and scales afterwards: at the sampler's last step k is large (of 20 steps, 1,760
+    with diffusers' default betas, DiffSplat-PixArt's, and 265 with Stable Diffusion's), and k times the
+    rounding errors of eps_theta and eps_ref would be all that is left of a small d. The form
     t + (s - 1) (t - u) has rounding errors of the size of t - u only, and is exactly t at s = 1.
 
     Backward, with the incoming gradients G_match and G_reg, one number per sample each:

@@ -378,14 +378,11 @@ def _rasterize_torch(means, quats, scales, opacities, colors, c2w, fxfycxcy, H, 
 # the pixels have two forms. One goes through the tiles' lists, and ends at once where these would not have
 # fitted; the other (WHOLE) through the lists of whole views, which always fit, and mostly ends at once.
 #
-# A program per tile. Splats are a few pixels wide: tiles of 16 x 16 would look at more pixels in vain. Two
-# tiles of 4 x 4 a warp would take 177 instructions for two pairs in the backward pass, but there are 1.6 to
-# 2.4 times as many pairs to sort: by count, on the scenes of experiments/bench.py, 8% less work at 256
-# pixels, else more.
-#
-# (least number of 8 x 8 tiles in all views, (width, height, warps) of a tile): the first that fits is taken.
-# A tile has a multiple of 32 pixels for each warp. A single warp never waits for another.
-TILINGS = ((0, (8, 8, 1)),)
+# A program per tile. Splats are a few pixels wide: tiles of 16 x 16 look at more pixels in vain. Where tiles
+# are few, each has a warp at once and the longest list decides: smaller tiles have shorter ones. By tiles of
+# 8 x 8 in all views, the first row that fits: (least number of them, (width, height, warps) of a tile). What
+# 8 x 4 is taken for is a model's expectation, not measured yet: experiments/README.md, section 7.
+TILINGS = ((8193, (8, 8, 1)), (0, (8, 4, 1)))  # of 32 pixels, or a multiple, a warp
 BATCH = 16  # Gaussians between two looks at whether a tile is opaque
 WHOLE_PROGRAMS = 2048  # of the second form of the two kernels, which mostly has nothing to do
 RECORD = 16  # floats per Gaussian and view
@@ -1151,6 +1148,10 @@ def _capacity(shape, rows, device):
     return min(-(-wanted // grain) * grain, max(64 * rows, 2**22)), reported
 
 
+def _programs(count, times=1):
+    return (times * -(-count // LANES["BLOCK"]),)
+
+
 def _tile_lists_triton(order, box, capacity, shape):
     """Which rows reach which tile, nearest first. shape: N, tiles_x, tiles_y, tiles.
 
@@ -1161,11 +1162,11 @@ def _tile_lists_triton(order, box, capacity, shape):
     """
     (N, tiles_x, tiles_y, tiles), rows, new = shape, len(order), dict(device=order.device)
     room = max(capacity, rows)
-    grid = (triton.cdiv(room, LANES["BLOCK"]),)
+    grid = _programs(room)
     short = tiles <= 2**16  # then 16 bits carry a tile's number, counted from the least of them
     least = -(2**15) if short else 0
     count, need = torch.empty(rows, dtype=torch.int64, **new), torch.empty(1, dtype=torch.int64, **new)
-    _count_kernel[(triton.cdiv(rows, LANES["BLOCK"]),)](order, box, count, rows, **LANES)
+    _count_kernel[_programs(rows)](order, box, count, rows, **LANES)
     end = count.cumsum(0)
     tile = torch.empty(room, dtype=torch.int16 if short else torch.int32, **new)
     row, lists = torch.empty(2, room, dtype=torch.int32, **new)
@@ -1204,7 +1205,7 @@ class _Rasterize(torch.autograd.Function):
             distance, record = torch.empty(rows, **new), torch.empty(rows, RECORD, **new)
             box = torch.empty(rows, 3, dtype=torch.int32, **new)
             if rows:
-                _project_kernel[(B * V * triton.cdiv(N, LANES["BLOCK"]),)](
+                _project_kernel[_programs(N, B * V)](
                     *inputs[:7], distance, box, record, V, N, H, W, dilation, tiles_x, tiles_y, RECORD=RECORD,
                     **sides, **LANES)
                 order = distance.sort(stable=True)[1]
@@ -1264,10 +1265,10 @@ class _Rasterize(torch.autograd.Function):
                     WHOLE=whole, GEOMETRY=geometry, DETERMINISTIC=ctx.deterministic, RECORD=RECORD, **sides,
                     **program)
             if ctx.deterministic:
-                _add_pairs_kernel[(triton.cdiv(rows, ADD_PAIRS["ROWS"]),)](
+                _add_pairs_kernel[(-(-rows // ADD_PAIRS["ROWS"]),)](
                     order, end, need, pair_sums, sums, rows, ctx.capacity, RECORD=RECORD, **ADD_PAIRS)
             grads = [torch.empty_like(x) for x in (means, quats, scales, opacities, colors)]
-            _project_backward_kernel[(B * triton.cdiv(N, LANES["BLOCK"]),)](
+            _project_backward_kernel[_programs(N, B)](
                 means, quats, scales, opacities, c2w, fxfycxcy, box, sums, *grads, V, N, H, W, ctx.dilation,
                 GEOMETRY=geometry, RECORD=RECORD, **LANES)
         return grads

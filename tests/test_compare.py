@@ -296,6 +296,21 @@ def test_equal_gain_is_read_off_the_marks_and_the_scales():
     assert tables.where([0.1, 0.05, 0.3], 0.2) == (2, pytest.approx(0.6)) and tables.where([0.1], 0.2) is None
 
 
+def test_a_run_of_the_script_is_a_row(tmp_path):
+    """Its command without where it wrote to, and its summary's changes, in deviations too."""
+    about = {"config": {"reward": "dnc"}, "seed": 3, "git_commit": "abc",
+             "command": ["r2d3.py", "--reward", "dnc", "--out", "somewhere", "--epochs", "2"]}
+    metric = {"before": 0.9, "after": 0.92, "change": 0.02, "ci95": [0.01, 0.03], "standard_errors": 4.0}
+    summary = {name: metric for name in ("reward", *tables.RUN_METRICS)}
+    summary |= {"judged": 32, "updates": 32, "prompts": 24, "samples_per_prompt": 4, "seconds": 9.0, "other": 1}
+    for name, content in (("config", about), ("summary", summary)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    row = tables.run_row(tmp_path)
+    assert row["base"] == tables.base_hash() and row["commit"] == "abc"
+    text = tables.runs([optimum(0.0, 0.0, 0.0, spread=0.04, reward="dnc"), row])
+    assert "| `--reward dnc --epochs 2` | 32 | 32 | +0.0200 (+0.0100 .. +0.0300) | 0.50 | +0.020 |" in text
+
+
 def test_methods_are_compared_at_equal_gain_by_turning_them_down():
     rows = swept(GAINS) + [made("ReFL", 0, 40, 0.05, 1.0, "scales", scale=0.5, lr=1e-2)]
     rows[-1]["by_prompt"]["alignment"] = [0.0] * 4
