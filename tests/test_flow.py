@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 
-import common
+from conftest import plugin, shrink_pictures  # noqa: E402
+
 import r2d3  # noqa: E402
-from r2d3 import Cond, NoiseSchedule, UserError, seeded  # noqa: E402
+from r2d3 import Cond, Config, Job, NoiseSchedule, UserError, seeded  # noqa: E402
 from support import published, scorers  # noqa: E402
 
 NAME = "diffsplat-sd35"
+sd35 = plugin(NAME)
 TABLES = load_file(ROOT / "tests/data/sd3_schedule.safetensors")
 REAL = json.loads((ROOT / "tests/data/sd3_real.json").read_text(encoding="utf-8"))
 
@@ -78,10 +81,10 @@ def test_tables_are_the_recorded_ones(grid):
 def test_grids_are_the_published_ones(steps):
     """Recorded from diffusers 0.32.2 and DiffSplat's own copies; the network is told 1000 sigma, not rounded."""
     for sampler, name in (("euler", "euler"), ("ddim", "euler"), ("dpm", "stockdpm")):
-        schedule = NoiseSchedule.from_diffusers(sampler, steps, flow_shift=3.0)
+        schedule = sd35.flow_schedule(sampler, steps, 3.0)
         sigma = TABLES[f"{name}{steps}.sigmas"].double()
         assert len(schedule) == steps and (schedule.sigma - sigma).abs().max() < 1e-7
-        assert torch.equal(schedule.alpha, 1 - schedule.sigma) and schedule.ode == (sampler == "euler")
+        assert torch.equal(schedule.alpha, 1 - schedule.sigma) and isinstance(schedule, sd35.EulerFlow) == (sampler == "euler")
         told = schedule.t(torch.arange(steps + 1))
         assert told.dtype == torch.float32 and close(told, 1000 * sigma.float(), 1e-6) and told[-1] == 0
         integers = TABLES[f"{name}{steps}.timesteps"]
@@ -89,15 +92,26 @@ def test_grids_are_the_published_ones(steps):
             assert torch.equal(told[:-1].long(), integers) and (told[:-1] - integers).max() > 0.1
         else:
             assert close(told[:-1], integers, 1e-6) and told[0] == 1000
-    with pytest.raises(UserError, match="euler is for a rectified flow"):
-        NoiseSchedule.from_diffusers("euler", steps)
+    with pytest.raises(ValueError, match="dpm, ddim or euler"):
+        sd35.flow_schedule("heun", steps, 3.0)
+
+
+def test_a_sampler_that_a_base_does_not_have_is_one_sentence(vp):
+    """euler is a flow's; and no grid has no steps."""
+    with pytest.raises(ValueError, match="dpm or ddim"):
+        NoiseSchedule.from_diffusers("euler", 20)
+    for schedule in (NoiseSchedule.from_diffusers, lambda sampler, steps: sd35.flow_schedule(sampler, steps, 3.0)):
+        with pytest.raises(ValueError, match="one step or more"):
+            schedule("dpm", 0)
+    with pytest.raises(UserError, match="--sampler euler, --steps 20: .* dpm or ddim") as error:
+        r2d3.start_job(r2d3.resolve(Config(sampler="euler", steps=20, device="cpu")), vp)
+    assert "\n" not in str(error.value)
 
 
 def test_steps_are_the_recorded_ones():
     """Euler's, sde-dpmsolver++'s and ours on Euler's grid, with the recorded noise; measured 5e-7 of the largest."""
     x, v, noise = (TABLES[f"step.{name}"] for name in ("x", "v", "noise"))
-    euler, ddim, dpm = (NoiseSchedule.from_diffusers(sampler, 20, flow_shift=3.0)
-                        for sampler in ("euler", "ddim", "dpm"))
+    euler, ddim, dpm = (sd35.flow_schedule(sampler, 20, 3.0) for sampler in ("euler", "ddim", "dpm"))
     for i in (0, 1, 9, 17, 18, 19):
         for schedule, name in ((euler, "euler20"), (ddim, "sde20"), (dpm, "stockdpm20")):
             mean, std = schedule.transition(x, v, i)
@@ -118,7 +132,7 @@ def test_a_step_is_diffusers_own(steps):
                                              prediction_type="flow_prediction", flow_shift=3.0)
     for theirs, sampler in ((stochastic, "dpm"), (FlowMatchEulerDiscreteScheduler(shift=3.0), "euler")):
         theirs.set_timesteps(steps)
-        schedule = NoiseSchedule.from_diffusers(sampler, steps, flow_shift=3.0)
+        schedule = sd35.flow_schedule(sampler, steps, 3.0)
         x = mine = torch.randn(2, 4, 3, 5, generator=seeded(0))
         for i, t in enumerate(theirs.timesteps):
             v = torch.randn(x.shape, generator=seeded(1, i))
@@ -130,7 +144,7 @@ def test_a_step_is_diffusers_own(steps):
 
 def test_the_score_depends_on_v_by_k():
     """E6, with both scores written out, at levels mixed in a batch and at sigma 1; float64, measured 3e-13."""
-    schedule = NoiseSchedule.from_diffusers("ddim", 20, flow_shift=3.0)
+    schedule = sd35.flow_schedule("ddim", 20, 3.0)
     i = torch.arange(19)
     x_t, x_s, v, other = (torch.randn(19, 6, generator=seeded(n), dtype=torch.float64) for n in range(4))
 
@@ -155,7 +169,7 @@ def test_the_score_depends_on_v_by_k():
 @pytest.mark.parametrize("sampler", ["dpm", "ddim"])
 def test_the_marginals_are_kept(sampler):
     """With the true x0, x_s has mean alpha_s x0 and variance sigma_s^2, over any step; float64."""
-    schedule = NoiseSchedule.from_diffusers(sampler, 28, flow_shift=3.0)
+    schedule = sd35.flow_schedule(sampler, 28, 3.0)
     i = torch.arange(28)
     c_x, c_0, std = schedule.step(i)
     assert (c_x * schedule.alpha[i] + c_0 - schedule.alpha[i + 1]).abs().max() < 1e-14
@@ -194,7 +208,7 @@ class AsFlow(r2d3.DiffSplat):
 
 @pytest.fixture(scope="module")
 def vp():
-    return r2d3.load_base(r2d3.resolve(r2d3.Config(device="cpu")), "cpu")
+    return r2d3.load_base(r2d3.resolve(Config(device="cpu")), "cpu")
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddim"])
@@ -209,7 +223,7 @@ def test_a_vp_base_as_a_flow_samples_the_same_objects(vp, sampler):
         for i in range(20):
             noise = torch.randn(x.shape, generator=seeded(1, i))
             for base, schedule, path in zip((vp, AsFlow(vp)), schedules, paths):
-                guided = common.predict_guided(base, path[-1], schedule.t(i).expand(2), cond, null, vp.guidance)
+                guided = Job(base, None, schedule, null, Config(guidance=vp.guidance)).predict_guided(path[-1], schedule.t(i).expand(2), cond)
                 mean, std = schedule.transition(path[-1], guided, i)
                 path.append(mean + std * noise)
             assert close(paths[1][-1] * scale[i + 1], paths[0][-1], 1e-5), i
@@ -242,18 +256,13 @@ def test_a_vp_base_as_a_flow_is_trained_the_same(vp, matching):
         x_t, x_s = (r2d3.per_sample(alpha[level], u) * clean + r2d3.per_sample(sigma[level], u) * some
                     for level, some in ((i, noise), (i + 1, other)))
         own = base.schedule("dpm", 20)
-
-        def halves(x, t, base=base):
-            return common.predict_both(base, x, t, cond, null, 3.0)
+        halves = partial(Job(base, None, own, null, Config()).predict, cond=cond, guidance=3.0)
 
         def reference(x, t, halves=halves):
             with vp.net.disable_adapter():
                 return halves(x, t)
 
-        def guided(x, t, halves=halves):
-            return r2d3.guide(*halves(x, t), 3.0)
-
-        g, _ = r2d3.reward_gradient(guided, lambda x0: (x0 * u).flatten(1).sum(1), own, x_s, i + 1)
+        g = r2d3.reward_gradient(halves, lambda x0: (x0 * u).flatten(1).sum(1), own, x_s, i + 1, guidance=3.0)
         match, _ = r2d3.nabla_loss(halves, reference, own, x_t, i, torch.zeros_like(g), g, beta=0.3, matching=matching,
                                    time_weight="none", guidance=3.0)
         scale = r2d3.per_sample(total[i + 1], u)
@@ -286,14 +295,12 @@ def vae():
 
 
 def splat(net, autoencoder, views=4):
-    published.positions_by_view(net, views)
     about = {"image_size": 2 * net.config.sample_size, "prediction_type": "flow_prediction", "guidance": 5.0,
              "betas": {"flow_shift": 3.0}, "eval_size": 16, "lora_targets": published.PUBLISHED[NAME]["lora_targets"],
              "latent_mean": torch.tensor(0.0609), "latent_std": torch.tensor(1 / 1.5305), "scale_range": (0.0005, 0.02),
-             "depth_scale": 1.0, "half_image_shift": True, "device": "cpu"}
-    base = r2d3.DiffSplatSD3(net, autoencoder, None, **about)
-    base.views = views
-    return base
+             "depth_scale": 1.0, "half_image_shift": True}
+    kind = type("Splat", (sd35.DiffSplatSD3,), {"views": views})
+    return kind(net, autoencoder, None, about, "cpu")
 
 
 @pytest.mark.parametrize("name", ["sd3_mv", "sd3_mv_plain"])
@@ -376,7 +383,8 @@ def test_a_trajectory_is_the_recorded_one(monkeypatch):
     cond = Cond(d["prompt_embeds"], None, d["pooled"])
     null = Cond(d["negative_prompt_embeds"], None, d["negative_pooled"])
     schedule = base.schedule("euler", 8)
-    got = common.rollout(base, schedule, cond, null, 5.0, [None])
+    base.encode = lambda prompts: cond
+    got = Job(base, None, schedule, null, Config(guidance=5.0)).rollout(["the recorded one"], [None])
     for step in range(8):
         assert close(got.x[0, step + 1], d["latents"][step + 1], 1e-5), step
         uncond, text = d["model_outputs"][step].split(4)
@@ -431,7 +439,7 @@ def test_text_is_the_recorded_one(texts, monkeypatch):
     """Three encoders and how they are put together, given the recorded token numbers: measured 5e-5 (T5), 5e-7."""
     d, config = data("sd3_text")
     prompts = config["prompts"] if "" in config["prompts"] else [*config["prompts"], ""]
-    encoder = published.SD3TextEncoder(NAME, texts, "cpu")
+    encoder = sd35.SD3TextEncoder(NAME, texts, "cpu")
     for part, key in zip(encoder.parts, CLIPS):
         ids = dict(zip(prompts, d[f"ids_{key}"]))
         assert part.length == len(ids[""])
@@ -455,7 +463,7 @@ def test_prompts_are_encoded_once_by_each_encoder(texts, monkeypatch):
             loaded.append(weakref.ref(found[0]))
             return found
         monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
-    encoder = published.SD3TextEncoder(NAME, texts, "cpu")
+    encoder = sd35.SD3TextEncoder(NAME, texts, "cpu")
     prompts = ["a red lamp", "a Blue cube ", "", "a red lamp"]
     embeds, mask, pooled = encoder(prompts)
     assert len(loaded) == 3 and embeds.shape == (4, 333, 48) and pooled.shape == (4, 40) and mask is None
@@ -472,7 +480,7 @@ def test_prompts_are_encoded_once_by_each_encoder(texts, monkeypatch):
     with torch.no_grad():
         out = clip(ids, output_hidden_states=True)
     assert close(embeds[:1, :77, 16:40], out.hidden_states[-2], 1e-5) and close(pooled[:1, 16:], out.text_embeds, 1e-5)
-    again, _, _ = published.SD3TextEncoder(NAME, texts, "cpu")(prompts)
+    again, _, _ = sd35.SD3TextEncoder(NAME, texts, "cpu")(prompts)
     assert torch.equal(again, embeds)
 
 
@@ -485,7 +493,7 @@ def test_a_gated_repository_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(UserError, match="stabilityai/stable-diffusion-3.5-medium.*agree.*hf auth login") as error:
-        published.SD3TextEncoder(NAME, None, "cpu")(["a red lamp"])
+        sd35.SD3TextEncoder(NAME, None, "cpu")(["a red lamp"])
     assert "\n" not in str(error.value)
 
 
@@ -545,19 +553,19 @@ def test_match_weights_of_a_flow():
 def test_which_steps_are_trained():
     """Never the one without noise; the baselines that need no density may."""
     for method in ("nabla", "ddpo"):
-        config = r2d3.resolve(r2d3.Config(base=NAME, method=method, recipe="paper", device="cpu", fraction=0.9))
+        config = r2d3.resolve(Config(base=NAME, method=method, recipe="paper", device="cpu", fraction=0.9))
         picked = [step for n in range(40) for step in r2d3.pick_steps(config, seeded(n))]
         assert set(picked) == set(range(27)) and len(picked) == 25 * 40
     for method, want in (("draft", {27}), ("refl", set(range(21, 28)))):
-        config = r2d3.resolve(r2d3.Config(base=NAME, method=method, device="cpu"))
+        config = r2d3.resolve(Config(base=NAME, method=method, device="cpu"))
         assert {step for n in range(99) for step in r2d3.pick_steps(config, seeded(n))} == want
 
 
 def test_settings_by_default():
-    config = r2d3.resolve(r2d3.Config(base=NAME, device="cpu"))
+    config = r2d3.resolve(Config(base=NAME, device="cpu"))
     assert (config.matching, config.sampler, config.steps, config.recipe) == ("v", "dpm", 28, "paper")
     assert config.estimator == "step" and config.branch == "guided" and config.reg_weight == 1.0
-    config = r2d3.resolve(r2d3.Config(base=NAME, matching="score", sampler="euler", device="cpu"))
+    config = r2d3.resolve(Config(base=NAME, matching="score", sampler="euler", device="cpu"))
     assert config.matching == "score" and config.sampler == "euler"
 
 
@@ -611,8 +619,7 @@ def small_clip(monkeypatch):
             text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
             return open_clip.model.CLIP(dim, vision, text).eval()
 
-    load = published.load
-    monkeypatch.setattr(published, "load", lambda *args: load(*args) | {"eval_size": 28})
+    shrink_pictures(monkeypatch)
     monkeypatch.setattr(scorers, "load_clip", clip)
     monkeypatch.setattr(open_clip, "create_model", clip)
 
@@ -658,7 +665,7 @@ def test_damaged_folders(tmp_path, capsys):
     def error(tensors):
         save_file({name: value.contiguous() for name, value in tensors.items()}, file)
         with pytest.raises(UserError) as found:
-            r2d3.load_base(r2d3.resolve(r2d3.Config(base=NAME, weights=str(folder), device="cpu")), "cpu")
+            r2d3.load_base(r2d3.resolve(Config(base=NAME, weights=str(folder), device="cpu")), "cpu")
         assert "\n" not in str(found.value)
         return str(found.value)
 
@@ -671,7 +678,7 @@ def test_damaged_folders(tmp_path, capsys):
     image = {"pos_embed.proj.weight": torch.cat([whole["pos_embed.proj.weight"], mask], 1)}
     assert "takes 23 channels; diffsplat-sd35 takes 16 of the latent and 6 of Pluecker rays" in error(whole | image)
     save_file(whole, file)
-    config = r2d3.resolve(r2d3.Config(base=NAME, weights=str(folder), device="cpu"))
+    config = r2d3.resolve(Config(base=NAME, weights=str(folder), device="cpu"))
     assert r2d3.load_base(config, "cpu").guidance == 5.0
     place = folder / "gsdiff_gobj83k_sd35m__render"
     place.rename(folder / "gsdiff_gobj83k_sd35m_image__render")
@@ -722,7 +729,7 @@ def test_cost(small, monkeypatch, capsys):
 
 
 def test_random_weights_are_the_same_everywhere(small):
-    first, second = (r2d3.load_base(r2d3.resolve(r2d3.Config(base=NAME, weights="random", device="cpu")), "cpu")
+    first, second = (r2d3.load_base(r2d3.resolve(Config(base=NAME, weights="random", device="cpu")), "cpu")
                      for _ in range(2))
     assert all(torch.equal(value, second.net.state_dict()[name]) for name, value in first.net.state_dict().items())
     one, two = (base.encode(["a lamp", "a chair"]) for base in (first, second))
