@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
+from conftest import plugin  # noqa: E402
 from test_bases import close, weights, write_text_encoder  # noqa: E402
 
-import common
 import r2d3  # noqa: E402
-from r2d3 import Cond, Config, GaussianCube  # noqa: E402
+from r2d3 import Cond, Config  # noqa: E402
 from kernels import rasterize  # noqa: E402
-from support import UserError, gaussiancube, scorers  # noqa: E402
+from support import UserError, export, published, scorers  # noqa: E402
 
+gaussiancube = plugin("gaussiancube")
+GaussianCube = gaussiancube.GaussianCube
 FILE = ROOT / "tests/data/gaussiancube.safetensors"
 
 
@@ -163,9 +165,10 @@ def test_sampler_steps_are_the_recorded_ones(base, recorded):
     assert torch.equal(schedule.timesteps, recorded["sde5.timesteps"])
     cond, null = base.encode(["a red lamp"]), base.encode([""])
     assert null.embeds.abs().max() == 0 and cond.embeds.abs().max() > 0 and null.embeds.shape == cond.embeds.shape
+    job = r2d3.Job(base, None, schedule, null, Config(guidance=3.5))
     x, errors = recorded["sde5.x_init"], []
     for i in range(5):
-        eps = common.predict_guided(base, x, schedule.t(i).expand(1), cond, null, 3.5)
+        eps = job.predict_guided(x, schedule.t(i).expand(1), cond)
         mean, std = schedule.transition(x, eps, i)
         got, x = mean + std * recorded["sde5.noise"][i:i + 1], recorded["sde5.prev"][i:i + 1]
         errors.append((got - x).abs().max().item())
@@ -194,7 +197,7 @@ def solid(values, D=16, ball=True):
     latent = torch.zeros(1, 14, D, D, D)
     latent[0, 6] = ((x ** 2 + y ** 2 + z ** 2 < 0.25) if ball else torch.ones_like(x)).float()
     latent[0, 7:10], latent[0, 10] = 0.03, 1.0
-    latent[0, 3:6] = (torch.stack(values(x, y, z)).float() - 0.5) / r2d3.export.SH_C0
+    latent[0, 3:6] = (torch.stack(values(x, y, z)).float() - 0.5) / export.SH_C0
     return base, latent
 
 
@@ -236,7 +239,7 @@ def test_dilation_is_that_of_the_training_pictures():
 
 def test_folder_loads_with_and_without_its_v11(folder, tmp_path):
     for root in (folder, copy(folder, tmp_path / "flat")):
-        parts = gaussiancube.load(str(root), "cpu")
+        parts = gaussiancube.parts(str(root), "cpu")
         assert parts["mean"].shape == parts["std"].shape == (14, 8, 8, 8) and parts["mean"].dtype == torch.float32
         assert parts["mean"][6].min() == 0.5 and (parts["std"][3] - 0.8).abs().max() < 1e-6
         assert torch.equal(parts["net"].state_dict()["out.2.weight"], torch.load(
@@ -286,14 +289,14 @@ def test_what_is_wrong_with_a_folder_is_one_sentence(folder, tmp_path, capsys, f
     part = copy(folder, tmp_path / "spoilt")
     spoil(part, fault)
     with pytest.raises(UserError, match=words) as error:
-        gaussiancube.load(str(part), "cpu")
+        gaussiancube.parts(str(part), "cpu")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 and str(part) in str(error.value)
     assert "ran" not in capsys.readouterr().out                             # no code from pickles
 
 
 def test_no_folder_and_no_network(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="there is no such folder"):
-        gaussiancube.load(str(tmp_path / "nowhere"), "cpu")
+        gaussiancube.parts(str(tmp_path / "nowhere"), "cpu")
     import huggingface_hub
     asked = []
 
@@ -302,7 +305,7 @@ def test_no_folder_and_no_network(tmp_path, monkeypatch, capsys):
         raise ConnectionError("no network")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(UserError, match="about 3 GB, once, or --weights DIR"):
-        gaussiancube.load(None, "cpu")
+        gaussiancube.parts(None, "cpu")
     assert asked == [("BwZhang/GaussianCube-Objaverse", "v1.1/objaverse_ckpt.pt")]
     assert "once: 1.4 GB, and 1.7 GB" in capsys.readouterr().out
 
@@ -310,12 +313,12 @@ def test_no_folder_and_no_network(tmp_path, monkeypatch, capsys):
 def test_hub_files_are_read_from_where_they_were_put(folder, monkeypatch):
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(folder / name))
-    parts = gaussiancube.load(None, "cpu")
+    parts = gaussiancube.parts(None, "cpu")
     assert parts["mean"].shape == (14, 8, 8, 8) and parts["text"].length == 77 and parts["text"].root is None
 
 
 def test_text_is_clips_padded_to_77_and_the_null_is_zero(folder):
-    parts = gaussiancube.load(str(folder), "cpu")
+    parts = gaussiancube.parts(str(folder), "cpu")
     base = GaussianCube(**parts, device="cpu")
     base.prepare(["a red lamp", ""])
     embeds, mask, _ = base.encode(["a red lamp", "", "a blue cube with two arms"])
@@ -436,10 +439,10 @@ def test_cost_of_random_weights(judges, run, monkeypatch, tmp_path):
     """Nothing is fetched and nothing saved; twice the same network, and nobody else's random numbers are touched."""
     monkeypatch.setattr(gaussiancube, "CONFIG", about("config"))
     monkeypatch.setattr(gaussiancube, "SIZE", 8)
-    monkeypatch.setitem(gaussiancube.published.PUBLISHED["gaussiancube"], "text_dim", 24)
+    monkeypatch.setitem(published.PUBLISHED["gaussiancube"], "text_dim", 24)
     monkeypatch.chdir(tmp_path)
     before = torch.get_rng_state()
-    first, second = (gaussiancube.load("random", "cpu") for _ in range(2))
+    first, second = (gaussiancube.parts("random", "cpu") for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first["net"].parameters(), second["net"].parameters()))
     noise = torch.randn(1, 14, 8, 8, 8, generator=torch.Generator().manual_seed(0))
