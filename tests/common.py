@@ -1,4 +1,4 @@
-"""What several tests call: pieces of r2d3.Job with a base, a schedule and prompts given one by one."""
+"""What several tests call: plug-in bases, and pieces of r2d3.Job with a base, a schedule and prompts given one by one."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import r2d3
-from support import inputs
+from support import inputs, published
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 def plugin(name: str) -> ModuleType:
     """The module bases/NAME.py, the same one that r2d3 loads."""
     return sys.modules[inputs.load_function(f"{ROOT / 'bases' / name}.py:load", "--base", inputs.BASE).__module__]
+
+
+def shrink_pictures(monkeypatch) -> None:
+    """The evaluations of published bases look at pictures of 28 pixels, whose size the tiny CLIPs take."""
+    load = published.load
+
+    def smaller(*args):
+        parts = load(*args)
+        parts["settings"]["eval_size"] = 28
+        return parts
+
+    monkeypatch.setattr(published, "load", smaller)
 
 
 def settings(**given: object) -> r2d3.Config:

@@ -15,26 +15,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import support  # noqa: E402, F401      it hides the Hugging Face package `kernels`, before a test imports transformers
 
 
-def plugin(name):
-    """The module in bases/ of that base. It is the one that r2d3 uses, because a file is loaded once."""
-    import r2d3
-    from support import inputs
-    return sys.modules[inputs.load_function(r2d3.PLUGINS[name], "--base", inputs.BASE).__module__]
-
-
-def shrink_pictures(monkeypatch):
-    """The evaluations of published bases look at pictures of 28 pixels, whose size the tiny CLIPs take."""
-    from support import published
-    load = published.load
-
-    def smaller(*args):
-        parts = load(*args)
-        parts["settings"]["eval_size"] = 28
-        return parts
-
-    monkeypatch.setattr(published, "load", smaller)
-
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes longest; leave them out with -m \"not slow\"")
 

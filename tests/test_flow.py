@@ -16,14 +16,14 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 
-from conftest import plugin, shrink_pictures  # noqa: E402
+from common import plugin, shrink_pictures  # noqa: E402
 
 import r2d3  # noqa: E402
 from r2d3 import Cond, Config, Job, NoiseSchedule, UserError, seeded  # noqa: E402
 from support import published, scorers  # noqa: E402
 
 NAME = "diffsplat-sd35"
-sd35 = plugin(NAME)
+sd35 = plugin("diffsplat_sd35")
 TABLES = load_file(ROOT / "tests/data/sd3_schedule.safetensors")
 REAL = json.loads((ROOT / "tests/data/sd3_real.json").read_text(encoding="utf-8"))
 
@@ -223,7 +223,8 @@ def test_a_vp_base_as_a_flow_samples_the_same_objects(vp, sampler):
         for i in range(20):
             noise = torch.randn(x.shape, generator=seeded(1, i))
             for base, schedule, path in zip((vp, AsFlow(vp)), schedules, paths):
-                guided = Job(base, None, schedule, null, Config(guidance=vp.guidance)).predict_guided(path[-1], schedule.t(i).expand(2), cond)
+                job = Job(base, None, schedule, null, Config(guidance=vp.guidance))
+                guided = job.predict_guided(path[-1], schedule.t(i).expand(2), cond)
                 mean, std = schedule.transition(path[-1], guided, i)
                 path.append(mean + std * noise)
             assert close(paths[1][-1] * scale[i + 1], paths[0][-1], 1e-5), i

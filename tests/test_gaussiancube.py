@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
-from conftest import plugin  # noqa: E402
+from common import plugin  # noqa: E402
 from test_bases import close, weights, write_text_encoder  # noqa: E402
 
 import r2d3  # noqa: E402
