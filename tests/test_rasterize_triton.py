@@ -310,6 +310,22 @@ def test_a_call_launches_14_and_5_at_most_and_waits_for_nothing(monkeypatch, det
 
 
 @needs_triton
+def test_a_first_call_in_inference_mode_spoils_no_later_one(monkeypatch):
+    """What keeps the number of pairs is made in that call, and written to in each; it is on the CPU whatever is set."""
+    Launches(monkeypatch)
+    splat._NEEDS.clear()
+    inputs = small()
+    with torch.inference_mode():
+        rasterize(*inputs, 33, 40, backend="triton")
+    inputs[0].requires_grad_()
+    rasterize(*inputs, 33, 40, backend="triton").image.sum().backward()
+    splat._NEEDS.clear()
+    with torch.device("meta"):
+        capacity, reported = splat._capacity((1, 2, 3, 4, 5), 100, torch.device("cpu"))
+    assert capacity == 200 and reported.device == torch.device("cpu") and reported.item() == -1
+
+
+@needs_triton
 def test_on_a_cpu_says_what_to_do():
     if not isinstance(splat._project_kernel, splat.triton.JITFunction):
         pytest.skip("TRITON_INTERPRET=1 is set for this process")
