@@ -134,7 +134,7 @@ SMALL_BETAS |= {
     "beta 1sd, E7":              ({"estimator": "step"}, 1, [768, 1536, 3072]),
 }
 SCALES = [1.0, 0.5]             # of the LoRA, at the last mark of what is compared
-TURNED_DOWN = [0.7, 0.5]        # and of every method's largest strength
+TURNED_DOWN = [0.6]             # and of every method's largest strength
 
 
 class Trial(NamedTuple):
