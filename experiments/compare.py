@@ -1,6 +1,6 @@
 """The comparison: every method from the same start, on four rewards, measured against the exact optimum.
 
-    python experiments/compare.py --experiment tilt dial        # once: 256 samples a prompt of the base; the unit of beta
+    python experiments/compare.py --experiment tilt dial        # once: the exact optimum; the unit of beta
     python experiments/compare.py --experiment sweep            # every method's strengths, one seed
     python experiments/compare.py --experiment compare          # what the sweep chose, three seeds
     python experiments/compare.py --experiment ablate           # one change each
@@ -68,7 +68,7 @@ SAMPLES = 4         # and so many objects of each
 DRAWS = 64          # such sets of objects make the draw of the exact tilt: 256 of every prompt
 OPEN_DRAWS = 4      # and so many the histograms of what prompts leave open
 
-# ---- The settings that are compared ----------------------------------------------------------------------------------
+# ---- The settings that are compared ---------------------------------------------------------------------------------
 # They are written out, so that rows stay what they are when a default of r2d3.py changes. All that a training depends
 # on is listed in DEPENDS: two trials with the same values of these (and the same base and prompts) are the same one.
 
@@ -134,11 +134,11 @@ SMALL_BETAS |= {
     "beta 1sd, E7":              ({"estimator": "step"}, 1, [768, 1536, 3072]),
 }
 SCALES = [1.0, 0.5]             # of the LoRA, at the last mark of what is compared
-TURNED_DOWN = [0.7, 0.5]        # and of every method's largest strength
+TURNED_DOWN = [0.6]             # and of every method's largest strength
 
 
 class Trial(NamedTuple):
-    """One fine-tuning; at which rewards asked, and at which scales of the LoRA when all of them were, it is measured."""
+    """One fine-tuning; at which rewards asked it is measured, and at the last of them at which scales of the LoRA."""
 
     experiment: str
     name: str
@@ -161,7 +161,8 @@ def trials(experiment: str, reward: str, seeds: list[int], known: list[dict]) ->
     def trial(name: str, settings: dict, scales: list[float]) -> Trial:
         config = METHODS[name].settings | settings | {"reward": reward}
         marks = [METHODS[name].times * mark for mark in MARKS[reward]]
-        return Trial(experiment, name, reward, settings, config, marks if experiment == "compare" else marks[-1:], scales)
+        marks = marks if experiment == "compare" else marks[-1:]
+        return Trial(experiment, name, reward, settings, config, marks, scales)
 
     if experiment == "sweep":
         return [trial(name, {METHODS[name].dial: strength, "seed": 0}, [1.0])
@@ -202,7 +203,7 @@ ABLATIONS = {
 }
 
 
-# ---- What a trial is measured with -----------------------------------------------------------------------------------
+# ---- What a trial is measured with ----------------------------------------------------------------------------------
 
 
 class World:
@@ -290,7 +291,7 @@ class World:
         return total
 
 
-# ---- What the objects are: by their hues, and by what the tower calls them ---------------------------------------------------------------------------------
+# ---- What the objects are: by their hues, and by what the tower calls them ------------------------------------------
 
 LEAST_SATURATION = 0.12     # below it a pixel is gray: named colours have 0.35 and more, gray at most 0.04
 LEAST_SHARE = 1 / 3         # of an equal part of the object's pixels that a named colour needs to count as there
@@ -404,7 +405,7 @@ def held(path: Path, wait: bool) -> Iterator[bool]:
 
 def exact_tilt(world: World, about: dict) -> list[dict]:
     """The optimum's curve for every reward, as rows."""
-    sets = [world.untouched(3 + n, "unseen") for n in range(DRAWS)]     # smaller seeds are what trials are compared with
+    sets = [world.untouched(3 + n, "unseen") for n in range(DRAWS)]     # smaller seeds: what trials are compared with
     reference = world.reference["unseen"]
     together = [torch.cat(tensors, 1) for tensors in list(zip(*(measured for measured, _ in sets)))[:-1]]
     joined = metrics.Measurement(*together, latents=sets[0][0].latents)
@@ -660,7 +661,8 @@ def work_on(args: argparse.Namespace, about: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--experiment", nargs="+", default=["compare"], choices=["tilt", "dial", "sweep", "scales", "compare", "ablate", "beta"])
+    parser.add_argument("--experiment", nargs="+", default=["compare"],
+                        choices=["tilt", "dial", "sweep", "scales", "compare", "ablate", "beta"])
     parser.add_argument("--reward", nargs="+", default=REWARDS, choices=REWARDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the comparison")
     parser.add_argument("--only", nargs="+", help="only trials whose name or strength holds one of these words")

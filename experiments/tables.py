@@ -153,7 +153,7 @@ def chosen(rows: list[dict], reward: str, name: str) -> Choice | None:
 
 
 class Seeds(NamedTuple):
-    """A method's trials with the strength that the sweep chose: `marks` along training, `scales` of the LoRA at its end.
+    """A method's trials with the strength that the sweep chose: `marks` along training, `scales` of its last LoRA.
 
     Each is a list of points, a point one row per seed.
     """
@@ -285,7 +285,8 @@ def sweep(rows: list[dict], reward: str) -> str:
             mark = "**" if best else ""
             edge = " (at an edge: not compared)" if best and not choice.inside else ""
             lines.append([f"{mark}{name}{mark}{edge}", f"{mark}{strength(row['settings'])}{mark}", str(row["judged"]),
-                          str(row["updates"]), cell([row], "reward", digits(reward)), "yes" if admissible(row) else "no",
+                          str(row["updates"]), cell([row], "reward", digits(reward)),
+                          "yes" if admissible(row) else "no",
                           *(f"{row['change'][metric]:+.3f}" for metric in [*METRICS][1:9])])
     return table(f"{reward}: the sweep, one seed, prompts that nothing else uses; in bold what the rule chose",
                  ["method", "strength", "rewards asked", "updates", "reward", "no measurable loss",
@@ -440,7 +441,8 @@ def at_beta(curve: list[dict], beta: float) -> float | None:
 
 def run_row(folder: Path) -> dict:
     """The row of one run of r2d3.py: its command, and what its summary says."""
-    about, summary = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "summary.json"))
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     words = about["command"]
     if "--out" in words:
         words = words[:words.index("--out")] + words[words.index("--out") + 2:]
@@ -520,8 +522,8 @@ def plot(rows: list[dict], path: Path) -> None:
                         drawn, = axes.plot(x, y, style, color=color, marker=marker, linewidth=1.2, markersize=4)
                         handles.setdefault(name, drawn)
             if curve and metric in curve[0]:
-                handles["exact tilt (optimum)"], = axes.plot([sign * point[metric] for point in curve],
-                                                             [point["gain"] / unit for point in curve], "k-", linewidth=2.5)
+                x, y = zip(*((sign * point[metric], point["gain"] / unit) for point in curve))
+                handles["exact tilt (optimum)"], = axes.plot(x, y, "k-", linewidth=2.5)
             axes.set(xlabel=title)
             axes.grid(alpha=0.3)
         line[0].set(ylabel=f"{reward}: gain (deviations within a prompt)")

@@ -1136,7 +1136,8 @@ def _capacity(shape, rows, device):
     if (device, shape) not in _NEEDS:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return 2 * rows, None  # page-locked memory cannot be had now
-        reported = torch.full((1,), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # or no call outside of it could write there
+            reported = torch.full((1,), -1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         _NEEDS[device, shape] = [reported, 0]
     reported, largest = entry = _NEEDS[device, shape]
     need = reported.item()  # of the host's memory: nobody waits
@@ -1169,7 +1170,7 @@ def _tile_lists_triton(order, box, capacity, shape):
     _count_kernel[_programs(rows)](order, box, count, rows, **LANES)
     end = count.cumsum(0)
     tile = torch.empty(room, dtype=torch.int16 if short else torch.int32, **new)
-    row, lists = torch.empty(2, room, dtype=torch.int32, **new)
+    row, lists = torch.empty(room, dtype=torch.int32, **new), torch.empty(room, dtype=torch.int32, **new)
     _expand_kernel[grid](order, box, end, tile, row, need, room, capacity, rows, rows.bit_length(), N,
                          tiles_x, tiles_y, tiles, least, **LANES)
     tile, slot = tile.sort(stable=True)  # after the sort by distance: two of short keys, not one of long keys
