@@ -56,7 +56,8 @@ def about_splats(splats: Splats) -> list[str]:
     median = scales.median().item()
     if negative > STRAY or not low <= median <= high:
         return [f"the splats' scales are off (median {median:.2g}, wanted {low:g} to {high:g}; {negative:.0%} "
-                "are not positive); probably the decoder's channels are laid out otherwise, or scales have another range"]
+                "are not positive); probably the decoder's channels are laid out otherwise, or scales have "
+                "another range"]
     if (opacities > VISIBLE).float().mean().item() < STRAY:
         return [f"hardly any splat is more opaque than {VISIBLE:.0%}; probably the decoder's channels are "
                 "laid out otherwise, or the latents are not scaled as it wants them"]
@@ -72,7 +73,8 @@ def about_coverage(coverage: Tensor) -> list[str]:
                 "have another scale or cameras another distance than the weights were trained with"]
     if mean > high:
         return [f"objects cover {mean:.0%} of the picture (wanted {low:.0%} to {high:.0%}), as noise does; "
-                "probably the denoiser's weights are not those of this decoder, or the latents are scaled otherwise"]
+                "probably the denoiser's weights are not those of this decoder, or the latents are scaled "
+                "otherwise"]
     return []
 
 
@@ -94,8 +96,8 @@ def about_text(retrieved: Tensor) -> list[str]:
     if len(retrieved) < 2 or found >= wanted:
         return []
     return [f"objects are not those of their prompts (R@1 is {found:.0%} for {len(retrieved)} prompts, "
-            f"wanted at least {wanted:.0%}, guessing has {chance:.0%}); probably the text encoder is not the one that "
-            "the denoiser was trained with, or the denoiser's weights are others"]
+            f"wanted at least {wanted:.0%}, guessing has {chance:.0%}); probably the text encoder is not "
+            "the one that the denoiser was trained with, or the denoiser's weights are others"]
 
 
 def about_guidance(gain: Tensor) -> list[str]:
@@ -105,7 +107,8 @@ def about_guidance(gain: Tensor) -> list[str]:
     if by_prompt.mean().item() + error > 0:
         return []
     return ["classifier-free guidance does not raise the alignment with the prompt "
-            f"({by_prompt.mean().item():+.3f}); probably the empty prompt is encoded otherwise than in training, or the two halves are swapped"]
+            f"({by_prompt.mean().item():+.3f}); probably the empty prompt is encoded otherwise than in "
+            "training, or the two halves are swapped"]
 
 
 def tell(title: str, found: list[str]) -> None:

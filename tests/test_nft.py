@@ -25,7 +25,8 @@ def prediction_of(schedule, x_t, x_0, i):
 def test_the_optimum_for_a_gaussian_prior_and_a_reward_of_two_values(schedule, level, beta):
     """x_0 ~ N(0, 1), r = 1 where x_0 > 0. N(m, s^2) is x_0 given x_t.
 
-    The best estimate is m + (2/beta) s phi(m/s). At the highest noise that is sqrt(2/pi) / beta: for beta 1 the mean of the good samples.
+    The best estimate is m + (2/beta) s phi(m/s). At the highest noise that is sqrt(2/pi) / beta, for
+    beta 1 the mean of the good samples.
     """
     random = torch.Generator().manual_seed(0)
     x_0 = torch.randn(400_000, 1, generator=random, dtype=torch.float64)
