@@ -356,23 +356,25 @@ def at_equal_gain(rows: list[dict], reward: str, gains: tuple[float, ...] = (0.5
                   *(METRICS[name] for name in PAID)], lines)
 
 
-def turned_down(rows: list[dict], reward: str, gains: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)) -> str:
-    """Every method's largest strength with its LoRA turned down to the same gain: what is lost then."""
+def curve_of(rows: list[dict], reward: str, name: str) -> list[list[dict]]:
+    """A method's points in the order of their gain: every strength of the sweep, and the largest one turned down."""
+    full, low = (of(rows, experiment, reward, name) for experiment in ("sweep", "scales"))
+    last = max((row["mark"] for row in full), default=None)
+    points = [row for row in full + low if row["mark"] == last and row["change"]["reward"] > 0]
+    return [[row] for row in sorted(points, key=lambda row: row["change"]["reward"])]
+
+
+def swept_gain(rows: list[dict], reward: str, gains: tuple[float, ...] = (2.0, 5.5)) -> str:
+    """What is lost at equal gain: linear between a method's nearest two points."""
     lines, unit = [], deviation(rows, reward)
-    curves = {}
-    for name in LOOKS:
-        low = of(rows, "scales", reward, name)
-        full = [row for row in of(rows, "sweep", reward, name)
-                if low and all(row[key] == low[0][key] for key in ("settings", "mark"))]
-        if low and full:
-            curves[name] = [[row] for row in sorted(low + full, key=lambda row: row["scale"])]
     for wanted in gains:
-        for name, points in curves.items():
-            inside = gain(points[0]) <= wanted * unit <= gain(points[-1])
-            cells = [paid(points, wanted * unit, metric) for metric in [*PAID, "fid_to_base"]] if inside else []
-            lines += [[f"{wanted:g} sd", name, strength(points[0][0]["settings"]), *cells]] if cells else []
-    return table(f"{reward}: the largest strength, its LoRA turned down to equal gain (1 sd = {unit:.4f})",
-                 ["gained", "method", "strength", *(METRICS[name] for name in [*PAID, "fid_to_base"])], lines)
+        for name in LOOKS:
+            points = curve_of(rows, reward, name)
+            if len(points) > 2 and gain(points[-1]) >= wanted * unit:
+                lines.append([f"{wanted:g} sd", name,
+                              *(paid(points, wanted * unit, metric) for metric in (*PAID, "fid_to_base"))])
+    return table(f"{reward}: at equal gain (1 sd = {unit:.4f}), between the sweep's strengths",
+                 ["gained", "method", *(METRICS[name] for name in (*PAID, "fid_to_base"))], lines)
 
 
 def count(point: list[dict], of: str) -> float:
@@ -487,7 +489,7 @@ def base_table(quality: dict) -> str:
 
 def tables(rows: list[dict]) -> str:
     rewards = [*dict.fromkeys(row["reward"] for row in rows)]
-    made = (make(rows, reward) for make in (comparison, at_equal_gain, turned_down, sweep, ablations, small_betas)
+    made = (make(rows, reward) for make in (comparison, at_equal_gain, swept_gain, sweep, ablations, small_betas)
             for reward in rewards)
     return optima(rows, rewards) + dials(rows) + runs(rows) + "".join(made)
 

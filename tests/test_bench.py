@@ -91,7 +91,7 @@ def test_quick_run_appends_complete_rows(tmp_path):
     assert {row["backend"] for row in timed if row["op"] == "rasterize"} == {"torch", "torch, picture"}
     sweep, = (row for row in rows if row["op"] == "sweep")
     assert sweep["variant"] == "8 x 8, 1 warp" and sweep["forward+backward"] > 0
-    assert "---- cost" not in done.stdout and "\ngoals:\n" in done.stdout
+    assert "---- cost" not in done.stdout and "the goals are a GPU's" in done.stdout
     assert "tiny" in done.stdout  # the table
 
 

@@ -323,14 +323,15 @@ def test_a_run_of_the_script_is_a_row(tmp_path):
     assert "| `--reward dnc --epochs 2` | 32 | 32 | +0.0200 (+0.0100 .. +0.0300) | 0.50 | +0.020 |" in text
 
 
-def test_methods_are_compared_at_equal_gain_by_turning_them_down():
-    rows = swept(GAINS) + [made("ReFL", 0, 40, 0.05, 1.0, "scales", scale=0.5, lr=1e-2)]
+def test_a_sweep_is_read_at_equal_gain():
+    """Between the two points that are nearest, of strengths and of the largest one turned down; at its last mark."""
+    rows = swept(GAINS) + [made("ReFL", 0, 40, 0.07, 1.0, "scales", scale=0.6, lr=1e-2)]
+    assert [tables.gain(point) for point in tables.curve_of(rows, "aesthetic", "ReFL")] == [0.03, 0.06, 0.07, 0.09]
     rows[-1]["by_prompt"]["alignment"] = [0.0] * 4
     rows[-2]["by_prompt"]["alignment"] = [-0.02] * 4                # of the largest strength in full, which gains 0.09
     rows[-1]["change"]["alignment"], rows[-2]["change"]["alignment"] = 0.0, -0.02
-    text = tables.turned_down(rows, "aesthetic", (0.7, 1.0, 0.2))
-    assert "| 0.7 sd | ReFL | lr 1e-2 | -0.010 (-0.010 .. -0.010) |" in text
-    assert "| 1 sd |" not in text and "| 0.2 sd |" not in text       # nothing beyond the curve's ends
+    text = tables.swept_gain(rows, "aesthetic", (0.8, 1.0))
+    assert "| 0.8 sd | ReFL | -0.010 (-0.010 .. -0.010) |" in text and "| 1 sd |" not in text
     strongest = compare.trials("scales", "aesthetic", [0], [])
     assert {trial.settings.get("lr") for trial in strongest if trial.name == "ReFL"} == {1e-3}
     assert {trial.measured_on for trial in strongest} == {"sweep"} and len(strongest) == len(compare.STRENGTHS["aesthetic"])
