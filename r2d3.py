@@ -738,8 +738,8 @@ class Config:
     # [train cost] Training
     method: Literal["nabla", "refl", "draft", "ddpo"] = "nabla"  # nabla-R2D3, or one that the paper
     #   compares with
-    recipe: Literal["paper", "fast"] | None = None  # defaults for the loss of nabla-R2D3: as published,
-    #   or what worked best on shapes; what is given wins
+    recipe: Literal["paper", "once", "fast"] | None = None  # defaults for the loss of nabla-R2D3: as
+    #   published; the same, but objects are judged once; matching eps besides. What is given wins
     batch_size: int | None = None  # objects sampled per epoch and process
     updates_per_epoch: int | None = None  # optimiser steps per epoch, among which the steps of the
     #   sampler that are picked for training are dealt out
@@ -790,12 +790,14 @@ class Config:
     #   similarity as the paper averages them, beside its own numbers
 
 
-# What a recipe sets. "paper" is the method as published in every choice. "fast" judges an object
-# once (E8), matches eps on the conditional half, and skips the reward's gradient where it hardly
-# counts.
+# What a recipe sets. "paper" is the method as published in every choice. "once" differs in one: an
+# object is judged once (E8). "fast" also matches eps, on the conditional half alone, and skips the
+# reward's gradient where it hardly counts.
 RECIPES = {
     "paper": {"estimator": "step", "matching": "score", "branch": "guided",
               "time_weight": "squared", "last_step": "always", "skip_below": 0.0},
+    "once": {"estimator": "sample", "matching": "score", "branch": "guided",
+             "time_weight": "squared", "last_step": "always", "skip_below": 0.0},
     "fast": {"estimator": "sample", "matching": "eps", "branch": "conditional",
              "time_weight": "squared", "last_step": "always", "skip_below": 0.25, "reg_weight": 1.0},
 }
@@ -868,10 +870,18 @@ class Job(NamedTuple):
     base: Base
     reward: Reward | None   # None where nothing will be judged
     schedule: NoiseSchedule
-    null: Cond              # the encoded empty prompt
+    null: Cond | None       # the encoded empty prompt; None until `prepare`
     config: Config
     rank: int = 0           # this process's number
     world: int = 1          # number of processes
+
+    def prepare(self, prompts: list[str], *specs: str) -> Job:
+        """The job with all prompts of a run, which were read from `specs`, and the empty one encoded.
+
+        In one go, because a text encoder may be gigabytes, and is loaded for every call.
+        """
+        inputs.prepare(self.base, self.reward, prompts, *specs)
+        return self._replace(null=self.base.encode([""]))
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond,
                 guidance: float) -> tuple[Tensor | None, Tensor]:
@@ -1228,7 +1238,7 @@ def start_job(config: Config, base: Base | None, rank: int = 0, world: int = 1,
     if judged:
         untrained = config.weights == "random"
         reward = load_reward(config.reward, base, config.device, config.checkpoint, untrained)
-    return Job(base, reward, schedule, base.encode([""]), config, rank, world)
+    return Job(base, reward, schedule, None, config, rank, world)
 
 
 def check_training(job: Job, prompts: list[str]) -> None:
@@ -1277,8 +1287,7 @@ def begin(config: Config, base: Base | None) -> Training:
     out = Path(config.out)
     test_prompts = test_prompts[:config.eval_prompts]
     job = start_job(config, base, rank, world)
-    inputs.prepare(job.base, job.reward, [*prompts, *test_prompts], config.prompts,
-                   config.test_prompts)
+    job = job.prepare([*prompts, *test_prompts], config.prompts, config.test_prompts)
     check_training(job, prompts)
     identity = folders.check_identity(job.base, config.reward, out, state, world)
     features = metrics.load_features(job.base.tower, config.device)
@@ -1383,8 +1392,7 @@ def cost(config: Config, base: Base | None = None) -> dict:
     if counted and base is None:
         return counted
     prompts = inputs.load_prompts(config.prompts)[:config.batch_size]
-    job = start_job(config, base)
-    inputs.prepare(job.base, job.reward, prompts, config.prompts)
+    job = start_job(config, base).prepare(prompts, config.prompts)
     check_training(job, prompts)
     optimizer = start_lora(job)
     return costs.measure(lambda: [*train_epoch(job, prompts, optimizer, 0, {})], job.base, config)
@@ -1467,10 +1475,9 @@ def sample(config: Config, base: Base | None = None) -> list[Path]:
                         "try --prompts \"a red cube\"")
     prompts = [*dict.fromkeys(inputs.load_prompts(config.prompts))]
     folder = export.begin(config)
-    job = start_job(resolve(config, "sample"), base, judged=False)
-    config = job.config
+    config = resolve(config, "sample")
+    job = start_job(config, base, judged=False).prepare(prompts, config.prompts)
     base = job.base
-    inputs.prepare(base, None, prompts, config.prompts)
     index = export.Index(folder, vars(config), folders.identify(base, "")["weights"])
     mesh_cameras = None
     if config.mesh:
@@ -1510,7 +1517,7 @@ def evaluate(config: Config, base: Base | None = None) -> dict:
     job = start_job(config, base, rank, world)
     features = metrics.load_features(job.base.tower, config.device)
     prompts = inputs.load_prompts(config.test_prompts)[:config.eval_prompts]
-    inputs.prepare(job.base, job.reward, prompts, config.test_prompts)
+    job = job.prepare(prompts, config.test_prompts)
     processes.gather(None, world, processes.LOADING_WAIT)
     out = Path(config.out)
     if rank == 0:
