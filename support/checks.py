@@ -55,9 +55,9 @@ def about_splats(splats: Splats) -> list[str]:
     negative = (scales <= 0).float().mean().item()
     median = scales.median().item()
     if negative > STRAY or not low <= median <= high:
-        return [f"the splats' scales are off (median {median:.2g}, wanted {low:g} to {high:g}; {negative:.0%} "
-                "are not positive); probably the decoder's channels are laid out otherwise, or scales have "
-                "another range"]
+        return [f"the splats' scales are off (median {median:.2g}, wanted {low:g} to {high:g}; "
+                f"{negative:.0%} are not positive); probably the decoder's channels are laid out "
+                "otherwise, or scales have another range"]
     if (opacities > VISIBLE).float().mean().item() < STRAY:
         return [f"hardly any splat is more opaque than {VISIBLE:.0%}; probably the decoder's channels are "
                 "laid out otherwise, or the latents are not scaled as it wants them"]
