@@ -13,6 +13,9 @@
     processes.py     how processes share work, and what it takes
     presets.py       the settings that nobody gives, by base
     costs.py         what an epoch of training takes
+    speed.py         compiled blocks and channels_last for a GPU, for experiments/bench.py
+    checks.py        what any working base does, from a measurement of it
+    nft.py           DiffusionNFT's loss, for rewards without a gradient; no --method yet
     cli.py           the command line, made from the Config's source
 
 This file holds what all of them share: errors that people can mend, and files that are never half written.
